@@ -288,8 +288,22 @@ class Result:
 class Render(Protocol):
     """What a role's generator gets to make files with; see `inferfleet.render`."""
 
-    def __call__(self, template: str, /, **values: Any) -> bytes:
-        """Render one of the role's templates; raises RenderError naming template and line."""
+    def __call__(
+        self,
+        path: str,
+        template: str,
+        /,
+        *,
+        mode: int = 0o644,
+        validate: tuple[str, ...] = (),
+        restarts: tuple[str, ...] = (),
+        reloads: tuple[str, ...] = (),
+        **values: Any,
+    ) -> Artefact:
+        """The artefact `path` from one of the role's templates.
+
+        It is `secret` when a secret went into it. Raises RenderError naming template and line.
+        """
         ...
 
 
