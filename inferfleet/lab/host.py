@@ -1,0 +1,281 @@
+"""One host of a lab: made, booted, broken on purpose, unmade."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from inferfleet.errors import HostError
+from inferfleet.lab import machine, network, rootfs
+
+# The guest's systemd wants cgroup2 alone at /sys/fs/cgroup, whatever this machine has there.
+# nspawn exits with 133 when the guest asked for a reboot.
+SUPERVISE = """
+echo $$ > "$CGROUP/cgroup.procs" || exit 1
+exec unshare --mount --propagation slave sh -c '
+    umount --recursive --lazy /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup || exit 1
+    while :; do
+        systemd-nspawn "$@"
+        [ $? = 133 ] || exit
+    done
+' sh "$@"
+"""
+
+MAKE = """
+set -eu
+mkdir -p "$FOLDER/disk" "$FOLDER/root"
+mount -t tmpfs -o "size=$DISK,mode=0755" lab-disk "$FOLDER/disk"
+mkdir "$FOLDER/disk/upper" "$FOLDER/disk/work"
+layers="lowerdir=$LOWER,upperdir=$FOLDER/disk/upper,workdir=$FOLDER/disk/work"
+mount -t overlay -o "$layers" lab-root "$FOLDER/root"
+ssh-keygen -q -t ed25519 -N '' -C "$NAME" -f "$FOLDER/root/etc/ssh/ssh_host_ed25519_key"
+"""
+
+ENVIRONMENT = ("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root")
+
+
+@dataclass(frozen=True, slots=True)
+class Bind:
+    """A file or folder of this machine that the hosts see at `target`."""
+
+    source: str
+    target: str
+    read_only: bool = True
+
+    @property
+    def option(self) -> str:
+        return f"--bind{'-ro' if self.read_only else ''}={self.source}:{self.target}"
+
+
+@dataclass(frozen=True, slots=True)
+class LabHost:
+    """One host. `index` counts within its lab, `number` is the lab's subnet's."""
+
+    name: str
+    lab: str
+    number: int
+    index: int
+    folder: Path
+    cgroup: Path
+    binds: tuple[Bind, ...] = ()
+
+    @property
+    def address(self) -> str:
+        return network.address(self.number, self.index)
+
+    @property
+    def root(self) -> Path:
+        """Its root file system seen from outside, to read and to alter; /run, /proc, /dev apart."""
+        return self.folder / "root"
+
+    @property
+    def console(self) -> Path:
+        """What it printed on its console since it was made."""
+        return self.folder / "console"
+
+    @property
+    def namespace(self) -> str:
+        """Its network namespace, as ip-netns(8) names it."""
+        return f"inferfleet-{self.lab}-{self.name}"
+
+    @property
+    def host_key(self) -> str:
+        """Its public host key: type and base64."""
+        text = (self.root / "etc/ssh/ssh_host_ed25519_key.pub").read_text()
+        return " ".join(text.split()[:2])
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """The SHA-256 fingerprints of its host keys, as ssh-keygen -l shows them."""
+        digest = hashlib.sha256(base64.b64decode(self.host_key.split()[1])).digest()
+        return (f"SHA256:{base64.b64encode(digest).decode().rstrip('=')}",)
+
+    @property
+    def known_host(self) -> str:
+        """Its line for a known_hosts file."""
+        return f"{self.name},{self.address} {self.host_key}\n"
+
+    @property
+    def pid(self) -> int | None:
+        """The process, as this machine counts, of its PID 1; None while it has none."""
+        try:
+            pids = (self.cgroup / "payload/init.scope/cgroup.procs").read_text().split()
+        except OSError:
+            return None
+        return int(pids[0]) if pids else None
+
+    # Power
+
+    def boot(self) -> None:
+        """Switch it on, with what its disk holds; returns at once, see `wait_ready`."""
+        network.plug(self.number, self.index)
+        self.cgroup.mkdir(parents=True, exist_ok=True)
+        argv = ["setsid", "--fork", "sh", "-c", SUPERVISE, "sh", *self._nspawn_options()]
+        environment = {**os.environ, "CGROUP": str(self.cgroup), "SYSTEMD_NSPAWN_TMPFS_TMP": "0"}
+        with self.console.open("ab") as console:
+            subprocess.run(
+                argv,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=console,
+                check=True,
+            )
+
+    def wait_ready(self, timeout: float = 60) -> None:
+        """Wait until sshd answers and systemd has started everything, failed units included."""
+        deadline = time.monotonic() + timeout
+        self._until(self._answers_ssh, deadline, "sshd does not answer")
+        self._until(self._is_up, deadline, "systemd does not come up")
+
+    def reboot(self, timeout: float = 60) -> None:
+        """Have it reboot in good order, and wait until it is ready again."""
+        deadline = time.monotonic() + timeout
+        before = self.pid
+        self.exec("systemctl reboot")
+        self._until(lambda: self.pid not in (None, before), deadline, "it does not reboot")
+        self.wait_ready(deadline - time.monotonic())
+
+    def stop(self, timeout: float = 20) -> None:
+        """Shut it down in good order; its power is cut when that takes longer than `timeout`."""
+        if self.pid is not None:
+            self.exec("systemctl --no-block poweroff")
+            machine.wait_empty(self.cgroup, timeout)
+        machine.kill_cgroup(self.cgroup)
+
+    def power_cut(self) -> None:
+        """Kill everything at once; peers hear nothing of it. `boot` switches it on again.
+
+        All that was written stays, synced or not: a tmpfs has no page cache to lose.
+        """
+        self.partition()
+        machine.kill_cgroup(self.cgroup)
+
+    # Faults
+
+    def partition(self) -> None:
+        """Pull its network cable: what is sent to it and from it is lost, silently."""
+        network.unplug(self.number, self.index)
+
+    def heal(self) -> None:
+        """Put its network cable back in."""
+        network.plug(self.number, self.index)
+
+    def fill_disk(self, leave: int = 0) -> None:
+        """Take all free space of its disk but `leave` bytes; `free_disk` gives it back."""
+        self.free_disk()
+        space = os.statvfs(self.folder / "disk")
+        with self._ballast.open("wb") as file:
+            if (size := space.f_bavail * space.f_bsize - leave) > 0:
+                os.posix_fallocate(file.fileno(), 0, size)
+
+    def free_disk(self) -> None:
+        """Give back what `fill_disk` took."""
+        self._ballast.unlink(missing_ok=True)
+
+    # Looking inside
+
+    def exec(
+        self, command: str | Sequence[str], *, stdin: str = "", timeout: float = 60
+    ) -> subprocess.CompletedProcess[str]:
+        """Run an argv, or a shell script, as root inside, with no need of ssh or network.
+
+        Raises HostError when the host is off; an exit status of the command is yours to judge.
+        """
+        pid = self.pid
+        if pid is None:
+            raise HostError(self.name, "it is switched off")
+        inside = ["sh", "-c", command] if isinstance(command, str) else [*command]
+        # Within the host's own cgroup, so that what it leaves running ends with the host.
+        join = 'echo $$ > "$0/supervisor/cgroup.procs" && exec "$@"'
+        enter = ["nsenter", f"--target={pid}", "--all", "--root", "--wd", "env", "-i", *ENVIRONMENT]
+        return subprocess.run(
+            ["sh", "-c", join, str(self.cgroup), *enter, *inside],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    # For the lab
+
+    def make(self, lower: Path, disk: str, etc_hosts: str, login: str) -> None:
+        """Make its disk, its keys and its network; `login` is the public key to let in."""
+        self.folder.mkdir(parents=True)
+        environment = {
+            **os.environ,
+            "FOLDER": str(self.folder),
+            "LOWER": str(lower),
+            "DISK": disk,
+            "NAME": self.name,
+        }
+        machine.command("sh", "-c", MAKE, env=environment)
+        (self.root / "etc/hosts").write_text(etc_hosts)
+        (self.root / "etc/hostname").write_text(f"{self.name}\n")
+        for user in rootfs.USERS:
+            self._authorise(user, login)
+        network.add_cable(self.number, self.index, self.namespace)
+
+    def unmake(self) -> None:
+        """Undo `make`, whatever of it is there; the host's processes are gone already."""
+        for point in machine.mounts_under(self.folder):
+            machine.command("umount", point)
+        network.remove_cable(self.number, self.index, self.namespace)
+        shutil.rmtree(Path("/run/systemd/nspawn/propagate", self._machine), ignore_errors=True)
+
+    @property
+    def _machine(self) -> str:
+        return f"{self.lab}-{self.name}"
+
+    @property
+    def _ballast(self) -> Path:
+        return self.folder / "disk" / "ballast"
+
+    def _authorise(self, user: str, login: str) -> None:
+        home = self.root / ("root" if user == "root" else f"home/{user}")
+        owner = home.stat()
+        keys = home / ".ssh" / "authorized_keys"
+        keys.parent.mkdir(mode=0o700, exist_ok=True)
+        keys.write_text(login)
+        for path in (keys.parent, keys):
+            os.chown(path, owner.st_uid, owner.st_gid)
+
+    def _nspawn_options(self) -> list[str]:
+        return [
+            f"--directory={self.root}",
+            f"--machine={self._machine}",
+            f"--hostname={self.name}",
+            f"--network-namespace-path=/run/netns/{self.namespace}",
+            *"--boot --quiet --settings=no --register=no --keep-unit --console=read-only".split(),
+            *"--resolv-conf=off --timezone=off --link-journal=no".split(),
+            *(bind.option for bind in self.binds),
+        ]
+
+    def _answers_ssh(self) -> bool:
+        try:
+            with socket.create_connection((self.address, 22), timeout=1) as connection:
+                return connection.recv(4) == b"SSH-"
+        except OSError:
+            return False
+
+    def _is_up(self) -> bool:
+        if self.pid is None:
+            return False
+        state = self.exec("systemctl is-system-running --wait").stdout.strip()
+        return state in ("running", "degraded")
+
+    def _until(self, check: Callable[[], bool], deadline: float, complaint: str) -> None:
+        while not check():
+            if time.monotonic() > deadline:
+                tail = "\n".join(self.console.read_text(errors="replace").splitlines()[-8:])
+                raise HostError(self.name, f"{complaint}; the last it printed:\n{tail}")
+            time.sleep(0.01)
