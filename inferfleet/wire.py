@@ -1,0 +1,302 @@
+"""What is said to a host and how it answers: pure, over one channel, in at most two round trips.
+
+    BOOTSTRAP   a shell that reads `WORD SIZE` and then SIZE bytes, again and again
+    question    WORD "sh": a script that only looks; `answer` reads what it prints
+    request     WORD "python": the applier, one JSON line, the blobs; `events` reads what it prints
+
+The script needs a POSIX shell and coreutils; only a change needs python3 on the host.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
+from importlib import resources
+from typing import Any, Literal
+
+from inferfleet.errors import ApplyError
+from inferfleet.model import Artefact, Bundle, Ensure, FileState, Snapshot, sh
+
+STATE = "/var/lib/inferfleet"
+MARK = "inferfleet probe 1"
+END = "inferfleet end"
+OLDEST_PYTHON = (3, 8)
+
+_LOADER = "import sys;exec(sys.stdin.buffer.read(int(sys.argv[1])))"
+
+# dd, since neither it nor `read` takes more bytes than asked (the Rust `head -c` does). No newline,
+# backslash or exclamation mark: the login shell that reads this may be fish or csh.
+BOOTSTRAP = sh(
+    "sh",
+    "-c",
+    "umask 077; while read -r word size; do case $word in "
+    'sh) eval "$(dd bs="$size" count=1 iflag=fullblock 2>/dev/null)";; '
+    f'python) exec python3 -I -S -X utf8 -c "{_LOADER}" "$size";; '
+    "esac; done",
+)
+
+# Braces keep a script that was cut short from running at all. Under another root nothing is run
+# and nobody is chowned, so neither ensures nor owners are looked at.
+_PROBE = r"""{
+r=${INFERFLEET_ROOT:-} s=./var/lib/inferfleet PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+echo; echo '%(mark)s'
+cd "$r/"
+format='path %%f\t%%U\t%%G\t%%n\n'
+[ -z "$r" ] || format='path %%f\t\t\t%%n\n'
+set -- %(paths)s
+if [ $# -gt 0 ]; then
+  stat --printf "$format" -- "$@" 2>/dev/null
+  for p do
+    shift
+    if [ -f "$p" ] && [ ! -L "$p" ]; then set -- "$@" "$p"
+    elif [ ! -e "$p" ] && [ ! -L "$p" ]; then printf 'absent %%s\n' "$p"
+    fi
+  done
+  [ $# -eq 0 ] || sha256sum -- "$@" 2>/dev/null
+fi
+if [ -z "$r" ] || [ -n "${INFERFLEET_RUN:-}" ]; then
+  limit=
+  ! command -v timeout >/dev/null || limit='timeout -k 5 30'
+  cd /
+%(ensures)s
+  cd "$r/"
+fi
+for f in current.json owed lock; do
+  if [ -s $s/$f ]; then printf '%%s ' $f; cat $s/$f; echo; fi
+done
+if [ -s $s/lock ] && ! flock -n -s $s/lock true </dev/null 2>/dev/null; then echo held; fi
+[ ! -e $s/transaction ] || echo interrupted
+if p=$(command -v python3); then
+  p=$(readlink -f "$p")
+  case $p in *python3.[0-9]*) ;; *) p=$("$p" -V 2>&1 </dev/null) ;; esac
+  printf 'python %%s\n' "$p"
+fi
+echo '%(end)s'
+}
+"""
+
+
+def question(bundle: Bundle) -> bytes:
+    """The script that asks a host for all that `answer` reads. It changes nothing there."""
+    paths = sh(*("." + artefact.path for artefact in bundle.artefacts))
+    ensures = "\n".join(_tested(*numbered) for numbered in enumerate(bundle.ensures))
+    script = _PROBE % {"mark": MARK, "end": END, "paths": paths, "ensures": ensures}
+    return _framed("sh", script.encode("utf-8", "surrogateescape"))
+
+
+def _tested(index: int, ensure: Ensure) -> str:
+    asked = sh("sh", "-c", ensure.test)
+    return f"  $limit {asked} </dev/null >/dev/null 2>&1 || echo 'failing {index}'"
+
+
+def _framed(word: str, content: bytes) -> bytes:
+    return b"%s %d\n%s" % (word.encode(), len(content), content)
+
+
+def answer(host: str, lines: Iterable[bytes]) -> Snapshot:
+    """What a host has, read from the lines (without newlines) that `question` makes it print.
+
+    Reads to the end mark and no further. Owners are "" where they do not matter (a host that is
+    a folder). `owed` may hold "daemon-reload". Raises ApplyError when anything else is said.
+    """
+    said: defaultdict[str, list[str]] = defaultdict(list)
+    for line in _between_marks(host, lines):
+        word, _, rest = line.partition(" ")
+        said[word if word in _WORDS else "digest"].append(rest if word in _WORDS else line)
+    try:
+        return _snapshot(host, said)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ApplyError(host, f"it said something unexpected: {error}") from error
+
+
+_WORDS = frozenset(
+    ("path", "absent", "failing", "current.json", "owed", "lock", "held", "interrupted", "python")
+)
+
+
+def _between_marks(host: str, lines: Iterable[bytes]) -> Iterator[str]:
+    started = False  # before the mark, a shell's profile may say what it likes
+    for raw in lines:
+        line = raw.decode("utf-8", "surrogateescape")
+        if started and line == END:
+            return
+        if started:
+            yield line
+        started = started or line == MARK
+    raise ApplyError(host, "the connection ended before the host had said what it has")
+
+
+def _snapshot(host: str, said: Mapping[str, Sequence[str]]) -> Snapshot:
+    current = json.loads(_last(said, "current.json") or "{}")
+    return Snapshot(
+        host=host,
+        files=_files(said),
+        failing=frozenset(map(int, said.get("failing", ()))),
+        owned={path: tuple(f["restarts"]) for path, f in current.get("files", {}).items()},
+        owed=tuple(json.loads(_last(said, "owed") or "{}")),
+        interrupted="interrupted" in said,
+        phase=current.get("phase", ""),
+        lock=_holder(_last(said, "lock")) if "held" in said else "",
+        generation=current.get("generation", 0),
+        python=_version(_last(said, "python")),
+    )
+
+
+def _last(said: Mapping[str, Sequence[str]], word: str) -> str:
+    return said[word][-1] if word in said else ""
+
+
+def _files(said: Mapping[str, Sequence[str]]) -> dict[str, FileState]:
+    digests = dict(map(_digest, said.get("digest", ())))
+    there = (_file(line, digests) for line in said.get("path", ()))
+    absent = (FileState(path.removeprefix(".")) for path in said.get("absent", ()))
+    return {state.path: state for state in (*there, *absent)}
+
+
+def _file(line: str, digests: Mapping[str, str]) -> FileState:
+    bits, owner, group, path = line.split("\t", 3)
+    path, kind = path.removeprefix("."), _kind(int(bits, 16))
+    digest = digests.get(path, "") if kind == "file" else ""
+    return FileState(path, kind, stat.S_IMODE(int(bits, 16)), owner, group, digest)
+
+
+def _kind(bits: int) -> Literal["file", "symlink", "directory", "other"]:
+    if stat.S_ISREG(bits):
+        return "file"
+    if stat.S_ISLNK(bits):
+        return "symlink"
+    return "directory" if stat.S_ISDIR(bits) else "other"
+
+
+def _digest(line: str) -> tuple[str, str]:
+    """Path and digest from a line of sha256sum, which doubles backslashes and says so."""
+    found = re.fullmatch(r"(\\?)([0-9a-f]{64}) [ *]\.(.*)", line)
+    if found is None:
+        raise ValueError(repr(line[:200]))
+    escaped, digest, path = found.groups()
+    return path.replace("\\\\", "\\") if escaped else path, digest
+
+
+def _version(text: str) -> str:
+    found = re.search(r"(3\.\d+)[^/]*$", text)
+    return found[1] if found else ""
+
+
+def _holder(text: str) -> str:
+    try:
+        return "{owner} since {time} ({reason})".format(**json.loads(text))
+    except (ValueError, KeyError, TypeError):  # it is just being written
+        return "another run"
+
+
+def applier_source() -> bytes:
+    """The Python source of `inferfleet.applier`, as it goes over the wire."""
+    return resources.files("inferfleet").joinpath("applier.py").read_bytes()
+
+
+def request(bundle: Bundle, snapshot: Snapshot, *, owner: str, reason: str) -> Iterator[bytes]:
+    """What makes a host as `bundle` says: the applier, one JSON line, the blobs that differ.
+
+    `owner` and `reason` are what others read in the lock. Contents travel in blobs alone.
+    Raises ApplyError when the host has no python3 that could do it.
+    """
+    _require_python(snapshot)
+    blobs = _blobs(bundle, snapshot)
+    wanted = {
+        "phase": bundle.phase,
+        "owner": owner,
+        "reason": reason,
+        "generation": snapshot.generation,
+        "expect": {a.path: _expected(snapshot, a.path) for a in bundle.artefacts},
+        "parts": [_part(role, part) for role, part in bundle.parts],
+        "blobs": [[digest, len(content)] for digest, content in blobs.items()],
+    }
+    yield _framed("python", applier_source())
+    yield json.dumps(wanted).encode() + b"\n"
+    yield from blobs.values()
+
+
+def _require_python(snapshot: Snapshot) -> None:
+    if not snapshot.python:
+        raise ApplyError(snapshot.host, "it has no python3; install it (Debian: python3-minimal)")
+    if tuple(map(int, snapshot.python.split("."))) < OLDEST_PYTHON:
+        oldest = "{}.{}".format(*OLDEST_PYTHON)
+        raise ApplyError(
+            snapshot.host, f"its python3 is {snapshot.python}; {oldest} or newer is needed"
+        )
+
+
+def _blobs(bundle: Bundle, snapshot: Snapshot) -> dict[str, bytes]:
+    """Contents by digest that the host lacks; all of them when what it has may be undone first."""
+    return {
+        artefact.digest: artefact.content
+        for artefact in bundle.artefacts
+        if snapshot.interrupted or _expected(snapshot, artefact.path) != artefact.digest
+    }
+
+
+def _expected(snapshot: Snapshot, path: str) -> str:
+    state = snapshot.files.get(path, FileState(path))
+    return state.digest or state.kind
+
+
+def _part(role: str, part: Iterable[Artefact | Ensure]) -> dict[str, Any]:
+    pieces = tuple(part)
+    return {
+        "role": role,
+        "files": [_wanted(piece) for piece in pieces if isinstance(piece, Artefact)],
+        "ensures": [asdict(piece) for piece in pieces if isinstance(piece, Ensure)],
+    }
+
+
+def _wanted(artefact: Artefact) -> dict[str, Any]:
+    wanted = {field.name: getattr(artefact, field.name) for field in fields(artefact)}
+    del wanted["content"], wanted["secret"]
+    return {**wanted, "sha256": artefact.digest}
+
+
+def events(host: str, lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The applier's events as they come, to "done". Each has "event", and for
+
+        recovered  how: "finished" or "undone", a former run that was cut short
+        ensure     title, state: "running", "ok", "failed"
+        check      argv: the validator that runs
+        stage      path; a file lies beside its target, not yet in place
+        remove     path
+        unit       unit ("systemd" itself for a daemon-reload), state: those of ensure, or "gone",
+                   verb: "restart", "reload", "stop", "daemon-reload"
+        left_out   validators, ensures, units: what is not done on a host that is a folder
+        failed     message; ApplyError follows
+        done       changes, restarts: how many
+
+    Raises ApplyError also when the lines end before one of the last two.
+    """
+    doing = "starting the applier"
+    for line in lines:
+        event = _event(host, line)
+        yield event
+        if event["event"] == "failed":
+            raise ApplyError(host, event["message"])
+        if event["event"] == "done":
+            return
+        doing = _doing(event)
+    raise ApplyError(host, f"connection lost while {doing}; the next run finishes or undoes it")
+
+
+def _event(host: str, line: bytes) -> dict[str, Any]:
+    try:
+        event: dict[str, Any] = json.loads(line)
+        event["event"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ApplyError(host, f"the applier said something unexpected: {line[:200]!r}") from error
+    return event
+
+
+def _doing(event: Mapping[str, Any]) -> str:
+    """What the host was at when it told of `event`, for a sentence."""
+    names = ("path", "title", "unit", "verb", "how")
+    return " ".join([event["event"], *(str(event[name]) for name in names if name in event)])
