@@ -39,6 +39,20 @@ mount -t overlay -o "$layers" lab-root "$FOLDER/root"
 ssh-keygen -q -t ed25519 -N '' -C "$NAME" -f "$FOLDER/root/etc/ssh/ssh_host_ed25519_key"
 """
 
+OPTIONS = (
+    "--boot",
+    "--quiet",
+    "--settings=no",
+    "--register=no",
+    "--keep-unit",
+    "--console=read-only",
+    "--resolv-conf=off",
+    "--timezone=off",
+    "--link-journal=no",
+    "--system-call-filter=bpf",  # without these two, IPAddressDeny= is silently not enforced
+    "--capability=CAP_BPF,CAP_NET_ADMIN",
+)
+
 ENVIRONMENT = ("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root")
 
 
@@ -57,7 +71,7 @@ class Bind:
 
 @dataclass(frozen=True, slots=True)
 class LabHost:
-    """One host. `index` counts within its lab, `number` is the lab's subnet's."""
+    """One host. `index` counts within its lab, `number` is its lab's subnet, `disk` a size."""
 
     name: str
     lab: str
@@ -65,6 +79,7 @@ class LabHost:
     index: int
     folder: Path
     cgroup: Path
+    disk: str
     binds: tuple[Bind, ...] = ()
 
     @property
@@ -116,6 +131,8 @@ class LabHost:
 
     def boot(self) -> None:
         """Switch it on, with what its disk holds; returns at once, see `wait_ready`."""
+        if self.pid is not None:
+            raise HostError(self.name, "it is switched on already")
         network.plug(self.number, self.index)
         self.cgroup.mkdir(parents=True, exist_ok=True)
         argv = ["setsid", "--fork", "sh", "-c", SUPERVISE, "sh", *self._nspawn_options()]
@@ -134,7 +151,7 @@ class LabHost:
         """Wait until sshd answers and systemd has started everything, failed units included."""
         deadline = time.monotonic() + timeout
         self._until(self._answers_ssh, deadline, "sshd does not answer")
-        self._until(self._is_up, deadline, "systemd does not come up")
+        self._until(lambda: self._is_up(deadline), deadline, "systemd does not come up")
 
     def reboot(self, timeout: float = 60) -> None:
         """Have it reboot in good order, and wait until it is ready again."""
@@ -170,16 +187,18 @@ class LabHost:
         network.plug(self.number, self.index)
 
     def fill_disk(self, leave: int = 0) -> None:
-        """Take all free space of its disk but `leave` bytes; `free_disk` gives it back."""
-        self.free_disk()
-        space = os.statvfs(self.folder / "disk")
-        with self._ballast.open("wb") as file:
-            if (size := space.f_bavail * space.f_bsize - leave) > 0:
-                os.posix_fallocate(file.fileno(), 0, size)
+        """Leave `leave` bytes of its disk free, in whole pages; `free_disk` undoes it."""
+        for _ in range(9):  # a disk cannot be less than what is on it, and the host may be writing
+            disk = os.statvfs(self._disk)
+            used = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
+            if self._resize_disk(str(used + leave)):
+                return
+        raise HostError(self.name, "its disk cannot be filled: it is written to all the time")
 
     def free_disk(self) -> None:
-        """Give back what `fill_disk` took."""
-        self._ballast.unlink(missing_ok=True)
+        """Give it back the disk it was made with."""
+        if not self._resize_disk(self.disk):
+            raise HostError(self.name, f"its disk cannot have {self.disk} again")
 
     # Looking inside
 
@@ -208,14 +227,14 @@ class LabHost:
 
     # For the lab
 
-    def make(self, lower: Path, disk: str, etc_hosts: str, login: str) -> None:
+    def make(self, lower: Path, etc_hosts: str, login: str) -> None:
         """Make its disk, its keys and its network; `login` is the public key to let in."""
         self.folder.mkdir(parents=True)
         environment = {
             **os.environ,
             "FOLDER": str(self.folder),
             "LOWER": str(lower),
-            "DISK": disk,
+            "DISK": self.disk,
             "NAME": self.name,
         }
         machine.command("sh", "-c", MAKE, env=environment)
@@ -228,7 +247,7 @@ class LabHost:
     def unmake(self) -> None:
         """Undo `make`, whatever of it is there; the host's processes are gone already."""
         for point in machine.mounts_under(self.folder):
-            machine.command("umount", point)
+            machine.command("umount", "--lazy", point)  # though somebody may be looking at it
         network.remove_cable(self.number, self.index, self.namespace)
         shutil.rmtree(Path("/run/systemd/nspawn/propagate", self._machine), ignore_errors=True)
 
@@ -237,8 +256,12 @@ class LabHost:
         return f"{self.lab}-{self.name}"
 
     @property
-    def _ballast(self) -> Path:
-        return self.folder / "disk" / "ballast"
+    def _disk(self) -> Path:
+        return self.folder / "disk"
+
+    def _resize_disk(self, size: str) -> bool:
+        argv = ["mount", "-o", f"remount,size={size}", str(self._disk)]
+        return subprocess.run(argv, stderr=subprocess.DEVNULL, check=False).returncode == 0
 
     def _authorise(self, user: str, login: str) -> None:
         home = self.root / ("root" if user == "root" else f"home/{user}")
@@ -255,8 +278,7 @@ class LabHost:
             f"--machine={self._machine}",
             f"--hostname={self.name}",
             f"--network-namespace-path=/run/netns/{self.namespace}",
-            *"--boot --quiet --settings=no --register=no --keep-unit --console=read-only".split(),
-            *"--resolv-conf=off --timezone=off --link-journal=no".split(),
+            *OPTIONS,
             *(bind.option for bind in self.binds),
         ]
 
@@ -267,11 +289,13 @@ class LabHost:
         except OSError:
             return False
 
-    def _is_up(self) -> bool:
-        if self.pid is None:
+    def _is_up(self, deadline: float) -> bool:
+        left = max(1.0, deadline - time.monotonic())
+        try:
+            answer = self.exec("systemctl is-system-running --wait", timeout=left).stdout.strip()
+        except (HostError, subprocess.TimeoutExpired):
             return False
-        state = self.exec("systemctl is-system-running --wait").stdout.strip()
-        return state in ("running", "degraded")
+        return answer in ("running", "degraded")
 
     def _until(self, check: Callable[[], bool], deadline: float, complaint: str) -> None:
         while not check():

@@ -11,10 +11,10 @@ booted it is gone. Processes are found, and killed, by the cgroup they were star
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -47,12 +47,14 @@ class Lab:
         name: str = "lab",
         binds: Iterable[Bind] = (),
         disk: str = "1G",
+        timeout: float = 60,
         say: rootfs.Say = print,
     ) -> Lab:
         """Boot the hosts `names` and wait until they are ready; a lab of that name goes first.
 
-        `disk` is a size as mount(8) takes it for a tmpfs. Raises Error when the lab cannot run here,
-        HostError when a host does not come up; nothing is left behind then.
+        `disk` is a size as mount(8) takes it for a tmpfs. Raises Error when the lab cannot run
+        here, HostError when a host is not ready `timeout` seconds after it was switched on;
+        nothing is left behind then.
         """
         if reasons := machine.requirements():
             raise Error("; ".join(reasons))
@@ -62,7 +64,7 @@ class Lab:
         lab = cls._claim(name, tuple(names), disk, tuple(binds))
         try:
             lab._start(lower)
-            lab.wait_ready()
+            lab.wait_ready(timeout)
         except BaseException:  # also when interrupted: half a lab is of no use to anyone
             lab.down()
             raise
@@ -84,7 +86,7 @@ class Lab:
         """Write down, before anything is made, what there will be to take down."""
         BASE.mkdir(parents=True, exist_ok=True)
         with rootfs.exclusive(BASE / ".lock"):
-            number = network.free_subnet({cls.open(other).number for other in running()})
+            number = network.free_subnet(_claimed())
             lab = cls(name, number, names, disk, binds)
             lab.folder.mkdir(mode=0o700)
             partial = lab.folder / "partial.json"
@@ -109,7 +111,7 @@ class Lab:
 
     @property
     def cgroup(self) -> Path:
-        return machine.cgroup_root() / "inferfleet-lab" / self.name
+        return machine.cgroup_root() / f"inferfleet-{self.name}"
 
     @property
     def gateway(self) -> str:
@@ -141,6 +143,7 @@ class Lab:
                 index=index,
                 folder=self.folder / "hosts" / name,
                 cgroup=self.cgroup / name,
+                disk=self.disk,
                 binds=self.binds,
             )
             for index, name in enumerate(self.names)
@@ -166,7 +169,7 @@ class Lab:
         login = self.ssh_key.with_suffix(".pub").read_text()
 
         def start(host: LabHost) -> None:
-            host.make(lower, self.disk, etc_hosts, login)
+            host.make(lower, etc_hosts, login)
             host.boot()
 
         self._each(start)
@@ -200,12 +203,20 @@ def running() -> list[str]:
 
 
 def take_down(name: str) -> bool:
-    """Take the lab `name` down; False when there was none."""
+    """Take the lab `name` down, whole or half; False when there was none."""
     if name in running():
         Lab.open(name).down()
         return True
-    shutil.rmtree(BASE / name, ignore_errors=True)  # one that came no further than its claim
+    shutil.rmtree(BASE / name, ignore_errors=True)  # cut short before its claim was written
     return False
+
+
+def _claimed() -> set[int]:
+    claims = set()
+    for name in running():
+        with contextlib.suppress(Error):  # taken down since it was listed
+            claims.add(Lab.open(name).number)
+    return claims
 
 
 def check_names(names: Sequence[str]) -> None:

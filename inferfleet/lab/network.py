@@ -16,6 +16,7 @@ from inferfleet.lab.machine import command
 
 FIRST = 10  # the last byte of the first host's address; the bridge has 1
 MOST = 240  # hosts of one lab
+DISABLED, FORWARDING = 0, 3  # states of a bridge's port, as linux/if_bridge.h counts them
 
 
 def bridge(number: int) -> str:
@@ -82,13 +83,18 @@ def add_cable(number: int, index: int, namespace: str) -> None:
 
 
 def plug(number: int, index: int) -> None:
-    """Put the cable in; fine when it is in."""
-    command("ip", "link", "set", cable(number, index), "up")
+    """Put the cable into the bridge; fine when it is in."""
+    _set_port(cable(number, index), FORWARDING)
 
 
 def unplug(number: int, index: int) -> None:
-    """Pull the cable out: what is sent to the host from now on is lost, without an answer."""
-    command("ip", "link", "set", cable(number, index), "down")
+    """Pull the cable out of the bridge: what is sent either way is lost, and no end is told."""
+    _set_port(cable(number, index), DISABLED)
+
+
+def _set_port(name: str, state: int) -> None:
+    # Not "down": both ends would notice, and the kernel takes a second to bring a link up again.
+    command("ip", "link", "set", name, "type", "bridge_slave", "state", str(state))
 
 
 def remove_cable(number: int, index: int, namespace: str) -> None:

@@ -1,8 +1,8 @@
 """The root file system of the lab's hosts: made once by mmdebstrap, then kept.
 
-It is the suite of the machine it is made on, from that machine's own package sources and proxy. What
-is kept is one archive, named after a hash of all that goes into it, and the tree unpacked from it,
-which every host uses as the read-only lower layer of an overlay.
+It is the suite of the machine it is made on, from that machine's own package sources and proxy.
+What is kept is one archive, named after a hash of all that goes into it, and the tree unpacked from
+it, which every host uses as the read-only lower layer of an overlay.
 """
 
 from __future__ import annotations
@@ -14,23 +14,34 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from inferfleet.errors import Error
+from inferfleet.lab.machine import command
 
 Say = Callable[[str], None]
 
+# deploy may sudo without a password, asked with one, limited not at all.
 USERS = ("root", "deploy", "asked", "limited")
-PASSWORD = (
-    "lab"  # of `asked`, whose sudo wants one; the hosts are reachable from this machine alone
-)
+# Of asked and limited, for sudo alone; and the hosts can be reached from this machine alone.
+PASSWORD = "lab"  # noqa: S105
 
 PACKAGES = (
-    "systemd,systemd-sysv,dbus,libpam-systemd,openssh-server,python3,nginx-light,ca-certificates,"
-    "sudo,iproute2,procps,openssl,curl"
-).split(",")
+    "systemd",
+    "systemd-sysv",
+    "dbus",
+    "libpam-systemd",
+    "libnss-systemd",  # names for dynamic users
+    "openssh-server",
+    "python3",
+    "nginx-light",
+    "ca-certificates",
+    "sudo",
+    "iproute2",
+    "procps",
+    "openssl",
+    "curl",
+)
 
 OPTIONS = (
     "--variant=minbase",
@@ -57,7 +68,7 @@ rm -f "$root/var/lib/dbus/machine-id" "$root"/etc/apt/apt.conf.d/99mmdebstrap
 : > "$root/etc/machine-id"
 for unit in {MASKED}; do ln -sf /dev/null "$root/etc/systemd/system/$unit"; done
 for user in {" ".join(USERS[1:])}; do chroot "$root" useradd -m -s /bin/bash "$user"; done
-echo 'asked:{PASSWORD}' | chroot "$root" chpasswd
+for user in asked limited; do echo "$user:{PASSWORD}"; done | chroot "$root" chpasswd
 echo 'deploy ALL=(ALL) NOPASSWD: ALL' > "$root/etc/sudoers.d/deploy"
 echo 'asked ALL=(ALL) ALL' > "$root/etc/sudoers.d/asked"
 chmod 0440 "$root"/etc/sudoers.d/*
@@ -115,16 +126,12 @@ def _key() -> str:
 def _build(archive: Path, say: Say) -> None:
     say(f"building the hosts' root file system ({codename()}), once; about a minute")
     partial = archive.with_name(f"partial-{archive.name}")
-    command = ["mmdebstrap", *OPTIONS, f"--include={','.join(PACKAGES)}"]
-    command += [f"--aptopt={line}" for line in _apt_settings()]
-    command += [f"--customize-hook={SETUP}", codename(), str(partial), *_from_sources()]
-    result = subprocess.run(
-        command, input=sources(Path("/etc/apt")), capture_output=True, text=True, check=False
-    )
-    if result.returncode:
-        partial.unlink(missing_ok=True)
-        tail = "\n".join(result.stderr.splitlines()[-8:])
-        raise Error(f"mmdebstrap could not build the lab's root file system:\n{tail}")
+    found = sources(Path("/etc/apt"))
+    settings = [f"--aptopt={line}" for line in _apt_settings()]
+    hook = f"--customize-hook={SETUP}"
+    wanted = [*OPTIONS, f"--include={','.join(PACKAGES)}", *settings, hook, codename()]
+    # Without a source of its own, "-", mmdebstrap falls back to the distribution's.
+    command("mmdebstrap", *wanted, str(partial), *(["-"] if found else []), stdin=found)
     partial.rename(archive)
 
 
@@ -133,20 +140,14 @@ def _unpack(archive: Path, unpacked: Path, say: Say) -> None:
     partial = unpacked.with_name(f"partial-{unpacked.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    command = ["tar", "--zstd", "--numeric-owner", "-xpf", str(archive), "-C", str(partial)]
-    command += ["--exclude=./dev/*"]  # nspawn makes its own
-    subprocess.run(command, check=True)
+    devices = "--exclude=./dev/*"  # nspawn makes its own
+    command("tar", "--zstd", "--numeric-owner", "-xpf", str(archive), "-C", str(partial), devices)
     partial.rename(unpacked)
-
-
-def _from_sources() -> list[str]:
-    """mmdebstrap reads sources from standard input; without any it falls back to its own."""
-    return ["-"] if sources(Path("/etc/apt")) else []
 
 
 def _apt_settings() -> list[str]:
     """What this machine tells apt about proxies, retries and dates, one setting a line."""
-    dump = subprocess.run(["apt-config", "dump"], capture_output=True, text=True, check=True).stdout
+    dump = command("apt-config", "dump")
     wanted = re.compile(r'Acquire::(https?|Retries|Check-\w+)\b.* ".+";')
     return [line for line in dump.splitlines() if wanted.match(line)]
 
