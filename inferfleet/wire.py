@@ -9,6 +9,7 @@ The script needs a POSIX shell and coreutils; only a change needs python3 on the
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import stat
@@ -193,9 +194,23 @@ def _holder(text: str) -> str:
         return "another run"
 
 
+_LOAD = """import sys, types
+def load(name, source):
+    module = sys.modules[name] = types.ModuleType(name)
+    exec(compile(source, name, "exec"), module.__dict__)
+"""
+
+
+@functools.cache
 def applier_source() -> bytes:
-    """The Python source of `inferfleet.applier`, as it goes over the wire."""
-    return resources.files("inferfleet").joinpath("applier.py").read_bytes()
+    """The modules of `inferfleet.applier` as one Python source, which runs only as a whole."""
+    folder = resources.files("inferfleet.applier")
+    loads = [
+        f"load('inferfleet.applier.{name}', {folder.joinpath(name + '.py').read_text('utf-8')!r})\n"
+        for name in ("disk", "commands", "transaction", "apply")
+    ]
+    end = "sys.exit(sys.modules['inferfleet.applier.apply'].main())\n"
+    return "".join([_LOAD, *loads, end]).encode()
 
 
 def request(bundle: Bundle, snapshot: Snapshot, *, owner: str, reason: str) -> Iterator[bytes]:
@@ -283,7 +298,7 @@ def events(host: str, lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
             raise ApplyError(host, event["message"])
         if event["event"] == "done":
             return
-        doing = _doing(event)
+        doing = _DOING.get(event["event"], "applying").format_map(event)
     raise ApplyError(host, f"connection lost while {doing}; the next run finishes or undoes it")
 
 
@@ -296,7 +311,10 @@ def _event(host: str, line: bytes) -> dict[str, Any]:
     return event
 
 
-def _doing(event: Mapping[str, Any]) -> str:
-    """What the host was at when it told of `event`, for a sentence."""
-    names = ("path", "title", "unit", "verb", "how")
-    return " ".join([event["event"], *(str(event[name]) for name in names if name in event)])
+_DOING = {
+    "ensure": "ensuring: {title}",
+    "check": "checking what was staged",
+    "stage": "staging {path}",
+    "remove": "removing {path}",
+    "unit": "waiting for the {verb} of {unit}",
+}

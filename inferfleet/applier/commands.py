@@ -1,0 +1,158 @@
+"""Commands on the host, and what the client is told of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from typing import TYPE_CHECKING, Any
+
+from inferfleet.applier.disk import Failed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    Json = dict[str, Any]
+
+RELOAD = "daemon-reload"
+LINES = 15  # of a failing command's output
+TEST_SECONDS = 30
+CHECK_SECONDS = 60
+UNIT_SECONDS = 900
+
+
+def emit(event: str, **fields: Any) -> None:
+    """Tell the client; when it is gone, go on in silence."""
+    line = json.dumps({"event": event, **fields}) + "\n"
+    with contextlib.suppress(OSError):
+        os.write(1, line.encode())
+
+
+def run(argv: Sequence[str], seconds: float, cwd: str = "/") -> tuple[int, str]:
+    """Exit status (124: ran out of time, 127: cannot start) and the end of what was printed."""
+    # a file, not a pipe: a daemon the command leaves behind would keep a pipe open
+    output = os.memfd_create("output")
+    try:
+        process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=cwd,
+            start_new_session=True,
+        )  # fmt: skip
+        status = waited(process, seconds)
+        printed = os.pread(output, 1 << 16, max(0, os.fstat(output).st_size - (1 << 16)))
+    except OSError as error:
+        return 127, f"{argv[0]}: {error.strerror}"
+    finally:
+        os.close(output)
+    return status, printed.decode("utf-8", "replace")
+
+
+def waited(process: subprocess.Popen[bytes], seconds: float) -> int:
+    """Its exit status; out of time, its whole process group is asked to end, then killed."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(5)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return 124
+
+
+def tail(text: str) -> str:
+    return "\n".join(text.rstrip().splitlines()[-LINES:])
+
+
+def outcome(status: int, seconds: float) -> str:
+    return f"ran out of time after {seconds:g} s" if status == 124 else f"exit status {status}"
+
+
+def check(argv: Sequence[str], staged: Path) -> None:
+    """Let a validator read a staged file; Failed when it finds fault."""
+    status, printed = run(argv, CHECK_SECONDS, cwd=str(staged.parent))
+    if argv[0].endswith("systemd-analyze") and "verify" in argv:
+        # it exits 0 on unknown keys, and speaks of other units too
+        ours = re.compile(rf"(?<![\w.@-]){re.escape(staged.name)}")
+        status = status or bool(ours.search(printed))
+    if status:
+        said = printed.replace(str(staged), staged.name)
+        raise Failed(f"{staged.name} is not valid, says {argv[0]}:\n{tail(said)}")
+
+
+def stop(unit: str) -> None:
+    emit("unit", unit=unit, verb="stop", state="running")
+    status, printed = run(["systemctl", "disable", "--now", unit], UNIT_SECONDS)
+    emit("unit", unit=unit, verb="stop", state="failed" if status else "ok")
+    if status:
+        why = outcome(status, UNIT_SECONDS)
+        raise Failed(f"{unit} cannot be stopped ({why}); the next run goes on:\n{tail(printed)}")
+    run(["systemctl", "reset-failed", unit], UNIT_SECONDS)  # or it is listed as failed for ever
+
+
+def act(unit: str, verb: str) -> bool:
+    """Do what a unit is owed; False when there is no such unit any more."""
+    argv = ["systemctl", "reload-or-restart" if verb == "reload" else verb]
+    if verb != RELOAD:
+        argv.append(unit)
+        if run(["systemctl", "cat", unit], TEST_SECONDS)[0]:
+            emit("unit", unit=unit, verb=verb, state="gone")
+            return False
+    emit("unit", unit=unit, verb=verb, state="running")
+    status, printed = run(argv, UNIT_SECONDS)
+    emit("unit", unit=unit, verb=verb, state="failed" if status else "ok")
+    if status:
+        why = f"{verb} of {unit} failed ({outcome(status, UNIT_SECONDS)}); it is still owed:"
+        raise Failed("\n".join((why, tail(printed), journal([unit]))).rstrip())
+    return verb != RELOAD
+
+
+def journal(units: Sequence[str]) -> str:
+    """The last lines that units wrote; empty without units or a journal."""
+    chosen = [word for unit in dict.fromkeys(units) for word in ("-u", unit)]
+    lines = ["-n", str(LINES), "--no-pager", "-o", "cat"]
+    status, printed = run(["journalctl", *chosen, *lines], TEST_SECONDS) if units else (1, "")
+    return "" if status else tail(printed)
+
+
+def ensured(ensure: Json, units: Sequence[str]) -> bool:
+    """Make an ensure's test pass; False when it does already. Failed shows what `units` wrote."""
+    title, seconds = ensure["title"], ensure["timeout"]
+    if test(ensure, TEST_SECONDS)[0] == 0:
+        return False
+    emit("ensure", title=title, state="running")
+    status, printed = fix(ensure) if ensure["run"] else wait(ensure)
+    emit("ensure", title=title, state="failed" if status else "ok")
+    if status:
+        why = f"{title}: {outcome(status, seconds)}"
+        logs = "" if ensure["run"] else journal(units)
+        raise Failed("\n".join(part for part in (why, tail(printed), logs) if part))
+    return True
+
+
+def test(ensure: Json, seconds: float) -> tuple[int, str]:
+    return run(["sh", "-c", ensure["test"]], seconds)
+
+
+def fix(ensure: Json) -> tuple[int, str]:
+    status, printed = run(["sh", "-c", ensure["run"]], ensure["timeout"])
+    if status:
+        return status, printed
+    status, reason = test(ensure, TEST_SECONDS)
+    return status, f"{printed}{reason}its test still fails\n" if status else ""
+
+
+def wait(ensure: Json) -> tuple[int, str]:
+    """Repeat the test until it passes or the time is over."""
+    end = time.monotonic() + ensure["timeout"]
+    while True:
+        left = end - time.monotonic()
+        status, printed = test(ensure, min(TEST_SECONDS, max(left, 0.5)))
+        if status == 0 or time.monotonic() >= end:
+            return (124 if status else 0), printed
+        time.sleep(0.5)
