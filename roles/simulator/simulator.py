@@ -543,8 +543,8 @@ class Engine:
             last = due = begun
             for index, token in enumerate(job.tokens):
                 due = max(due + 1 / self.options.token_rate, last)
-                await self.suffer(client, fault, index)
                 await client.pause(due - time.monotonic())
+                await self.suffer(client, fault, index)
                 now = time.monotonic()
                 (metrics.between if index else metrics.first).observe(now - last)
                 last = now
