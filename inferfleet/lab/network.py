@@ -94,7 +94,7 @@ def unplug(number: int, index: int) -> None:
 
 def _set_port(name: str, state: int) -> None:
     # Not "down": both ends would notice, and the kernel takes a second to bring a link up again.
-    command("ip", "link", "set", name, "type", "bridge_slave", "state", str(state))
+    command("bridge", "link", "set", "dev", name, "state", str(state))
 
 
 def remove_cable(number: int, index: int, namespace: str) -> None:
