@@ -14,34 +14,21 @@ import subprocess
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
 
 from inferfleet.errors import SecretError
 from inferfleet.model import Secret
 from inferfleet.vault import decrypt
 
-__all__ = ["Masked", "SecretSource", "Secrets", "looks_like_secret", "scrub"]
+__all__ = ["Masked", "Secrets", "looks_like_secret", "scrub"]
 
 _LONGEST = 2**20  # bytes of a secret
 _PASSWORD_FILE = "ANSIBLE_VAULT_PASSWORD_FILE"  # noqa: S105
 
 
-class SecretSource(Protocol):
-    """What a renderer asks: `Secrets` when pushing, `Masked` for review."""
-
-    def text_of(self, secret: Secret) -> str:
-        """The value as text, without one newline at its end."""
-        ...
-
-    def bytes_of(self, secret: Secret) -> bytes:
-        """The value as it is, binary or not."""
-        ...
-
-
 class Masked:
     """Gives the mask, never a value, and reads nothing."""
 
-    def text_of(self, secret: Secret) -> str:
+    def resolve(self, secret: Secret) -> str:
         """`<secret kind:reference>`."""
         return str(secret)
 
@@ -74,7 +61,7 @@ class Secrets:
         self._known: dict[Secret, bytes | str] = {}  # str: why it cannot be resolved
         self._lock = threading.RLock()  # one at a time: a command may ask on the terminal
 
-    def text_of(self, secret: Secret) -> str:
+    def resolve(self, secret: Secret) -> str:
         """The value, without one newline at its end. Raises SecretError."""
         try:
             text = _chomped(self.bytes_of(secret)).decode()
@@ -104,11 +91,11 @@ class Secrets:
 
     def _outcome(self, secret: Secret) -> bytes | str:
         try:
-            return self._resolve(secret) or f"{secret}: is empty"
+            return self._fetch(secret) or f"{secret}: is empty"
         except SecretError as error:
             return f"{secret}: {error}"
 
-    def _resolve(self, secret: Secret) -> bytes:
+    def _fetch(self, secret: Secret) -> bytes:
         match secret.kind:
             case "env":
                 return self._variable(secret.reference)
@@ -165,9 +152,10 @@ def scrub(text: str, secrets: Secrets) -> str:
     A value is also found as JSON writes it, and each long line of a value by itself.
     """
     forms = {form: str(secret) for secret, value in secrets.resolved() for form in _forms(value)}
-    for form in sorted(forms, key=len, reverse=True):
-        text = text.replace(form, forms[form])
-    return text
+    if not forms:
+        return text
+    longest_first = sorted(forms, key=len, reverse=True)
+    return re.sub("|".join(map(re.escape, longest_first)), lambda found: forms[found[0]], text)
 
 
 def _forms(value: bytes) -> set[str]:
@@ -186,10 +174,9 @@ def _read(path: Path) -> bytes:
             raise SecretError(f"{path} is {'a folder' if path.is_dir() else 'not a regular file'}")
         with path.open("rb") as file:
             content = file.read(_LONGEST + 1)
-    except OSError as error:
-        raise SecretError(
-            f"{path} cannot be read: {(error.strerror or str(error)).lower()}"
-        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or str(error)
+        raise SecretError(f"{path} cannot be read: {reason.lower()}") from error
     if len(content) > _LONGEST:
         raise SecretError(f"{path} is larger than {_LONGEST // 2**20} MiB: not a secret")
     return content
@@ -235,7 +222,7 @@ _SHAPES = re.compile(
     | gh[pousr]_[A-Za-z0-9]{16,} | github_pat_[A-Za-z0-9_]{16,} | glpat-[A-Za-z0-9_-]{16,}
     | (AKIA|ASIA)[A-Z0-9]{16} | xox[abprs]-[A-Za-z0-9-]{10,} | AIza[A-Za-z0-9_-]{35}
     | eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+
-    | (Bearer|Basic)[ ][A-Za-z0-9+/=._-]{12,}
+    | (Bearer|Basic)[ ](?=\S*[0-9=])[A-Za-z0-9+/=._-]{12,}
     ) | -----BEGIN[ ][A-Z ]*PRIVATE[ ]KEY----- | ://[^/\s:@]*:[^/\s@]+@""",
     re.VERBOSE,
 )
@@ -251,7 +238,7 @@ _HARMLESS = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-_ASSIGNMENT = re.compile(r"(?:--)?([A-Za-z][\w.-]*)[= ](\S+)")
+_ASSIGNMENT = re.compile(r"(?:--(?=\S+ )|(?=\S+=))-*([A-Za-z][\w.-]*)[= ](\S+)")
 
 
 def looks_like_secret(key: str, value: str) -> bool:

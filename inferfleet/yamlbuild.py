@@ -93,8 +93,8 @@ class Builder:
         if not isinstance(key, ScalarNode):
             self.note(key, "a key must be text; quote text that begins with { or [")
         elif key.tag.startswith(CORE):
-            value = str(self.scalar(key)).lower() if key.tag != NULL else "null"
-            self.note(key, f'YAML reads the key {name} as {value}; write it in quotes: "{name}"')
+            meant = _meaning(key, self.scalar(key))
+            self.note(key, f'YAML reads the key {name} as {meant}; write it in quotes: "{name}"')
         else:
             self.note(key, f"a key must be text, without the tag {_tag_text(key.tag)}")
         return name
@@ -114,10 +114,10 @@ class Builder:
         try:
             value = plain_value(node)
         except (ValueError, KeyError, IndexError):
-            self.note(node, f"{node.value!r} does not fit the tag {_tag_text(node.tag)}")
+            self.note(node, f"{_brief(node.value)!r} does not fit the tag {_tag_text(node.tag)}")
             return str(node.value)
         if not math.isfinite(value) or not -(2**63) <= value < 2**64:
-            self.note(node, f"{node.value} is out of range; if it is text, quote it")
+            self.note(node, f"{_brief(node.value)} is out of range; if it is text, quote it")
             return str(node.value)
         return value
 
@@ -130,12 +130,13 @@ class Builder:
     def find_hidden(self, root: Node, text: str) -> None:
         """Notes traps that parse without a word, only if the text has a sign of one."""
         tabs = re.search(r"^ *\t", text, re.M) is not None
-        if not tabs and not re.search(r"\\(0|x00|u0000|U00000000)", text):
+        if not tabs and not re.search(r"\\(0|x00|u0000|U00000000|u[dD][89A-Fa-f])", text):
             return
         lines = text.split("\n") if tabs else []
         for node in _all(root):
-            if isinstance(node, ScalarNode) and "\0" in node.value:
-                self.note(node, "holds a NUL character, which no file or command can take")
+            bad = re.search("[\0\ud800-\udfff]", node.value) if type(node) is ScalarNode else None
+            if bad:
+                self.note(node, f"holds U+{ord(bad[0]):04X}, which no file or command can take")
             if _swallows_tab(node, lines):
                 self.note(node, "goes on in a line indented with a tab; YAML takes spaces only")
 
@@ -148,6 +149,15 @@ class Builder:
             Problem(self.shown, *place(node), dotted(paths.get(id(node), ())), message)
             for (_, message), node in self.wrong.items()
         )
+
+
+def _meaning(node: ScalarNode, value: object) -> str:
+    kinds = {NULL: "null", BOOL: f"the boolean {str(value).lower()}"}
+    return kinds.get(node.tag, f"the number {value}")
+
+
+def _brief(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:36]}... ({len(text)} characters)"
 
 
 def plain_value(node: ScalarNode) -> bool | int | float:

@@ -1,7 +1,7 @@
 """Reads one YAML file of an inventory safely, and finds positions in it again when asked.
 
 Everything a file can do wrong becomes a `Problem`; nothing here raises for what a user wrote.
-Loading keeps no positions: `position` composes the file once more, when there is something to say.
+Loading keeps no positions: `Document.position` composes the file once more, if it is asked.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,52 @@ from inferfleet.errors import Problem
 from inferfleet.yamlbuild import Builder, Keys, did_you_mean, dotted, plain_value, sources, text_of
 from inferfleet.yamlparse import CORE, MERGE, NULL, STR, UnreadableError, compose, place, read
 
-__all__ = ["did_you_mean", "dotted", "inventory_files", "load", "misread", "position", "raw"]
+__all__ = ["Document", "did_you_mean", "dotted", "inventory_files", "load"]
 
 _INIT = "`inferfleet init` makes an inventory to start from"
 
 
-def load(path: Path, *, shown: str) -> tuple[dict[str, Any], list[Problem]]:
-    """The file's mapping and all that is wrong with it; `shown` names the file in problems.
+@dataclass(frozen=True, slots=True, eq=False)
+class Document:
+    """A file's mapping. Positions are looked up by composing the file once more, and kept."""
+
+    path: Path
+    shown: str  # the file's name in problems
+    data: dict[str, Any]
+
+    def position(self, keys: Keys, *, key: bool = False) -> tuple[int, int]:
+        """Line and column, from 1, of the value at `keys`, or with `key` of its key.
+
+        Of what is not there: where its nearest parent is named. (0, 0) when the file cannot be
+        parsed (any more).
+        """
+        tree = _tree_of(self.path)
+        if tree is None:
+            return 0, 0
+        name, value, depth = tree.walk(keys)
+        return place(name if key or depth < len(keys) else value)
+
+    def raw(self, keys: Keys) -> str | None:
+        """The scalar at `keys` as it was written, without quotes; None for anything else."""
+        scalar = _scalar_at(self.path, keys)
+        return None if scalar is None else str(scalar.value)
+
+    def misread(self, keys: Keys) -> str:
+        """How YAML read an unquoted scalar: `no` as false, `022` as 18; "" if as it is written."""
+        scalar = _scalar_at(self.path, keys)
+        if scalar is None or scalar.tag == STR or not scalar.tag.startswith(CORE):
+            return ""
+        text = str(scalar.value)
+        if scalar.tag == NULL:
+            return f"YAML reads {f'unquoted {text}' if text else 'an empty value'} as null"
+        meant = _meant(scalar)
+        if meant in ("", text, text.lower()):
+            return ""
+        return f'YAML reads unquoted {text} as {meant}; write "{text}" if text is meant'
+
+
+def load(path: Path, *, shown: str) -> tuple[Document, list[Problem]]:
+    """The file's document and all that is wrong with it; `shown` names the file in problems.
 
     An empty file is `{}`, and so is one that cannot be parsed. Where only a part is wrong, the
     rest is returned as well as can be, so that a caller may go on and find more. What aliases
@@ -36,8 +76,10 @@ def load(path: Path, *, shown: str) -> tuple[dict[str, Any], list[Problem]]:
             text = read(path)
             root = compose(text)
         except UnreadableError as error:
-            return {}, [Problem(shown, error.line, error.column, "", error.message)]
-        return _built(root, text, shown)
+            wrong = Problem(shown, error.line, error.column, "", error.message)
+            return Document(path, shown, {}), [wrong]
+        data, problems = _built(root, text, shown)
+        return Document(path, shown, data), problems
 
 
 def _built(root: Node | None, text: str, shown: str) -> tuple[dict[str, Any], list[Problem]]:
@@ -63,42 +105,7 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def position(path: Path, keys: Keys, *, key: bool = False) -> tuple[int, int]:
-    """Line and column, from 1, of the value at `keys`, or with `key` of its key.
-
-    Of a key that is not there: where its nearest parent is named. (0, 0) when the file cannot be
-    parsed (any more).
-    """
-    tree = _tree_of(path)
-    if tree is None:
-        return 0, 0
-    name, value, depth = tree.walk(keys)
-    return place(name if key or depth < len(keys) else value)
-
-
-def raw(path: Path, keys: Keys) -> str | None:
-    """The scalar at `keys` as it was written, without quotes; None for anything else."""
-    scalar = _scalar_at(path, keys)
-    return None if scalar is None else str(scalar.value)
-
-
-def misread(path: Path, keys: Keys) -> str:
-    """How YAML read an unquoted scalar other than written: `no` is false, `022` is 18; or ""."""
-    scalar = _scalar_at(path, keys)
-    if scalar is None or scalar.tag == STR or not scalar.tag.startswith(CORE):
-        return ""
-    text = str(scalar.value)
-    if scalar.tag == NULL:
-        return (
-            f"YAML reads unquoted {text} as null" if text else "YAML reads an empty value as null"
-        )
-    meant = _shown(scalar)
-    if meant in ("", text, text.lower()):
-        return ""
-    return f'YAML reads unquoted {text} as {meant}; write "{text}" if text is meant'
-
-
-def _shown(scalar: ScalarNode) -> str:
+def _meant(scalar: ScalarNode) -> str:
     try:
         return str(plain_value(scalar)).lower()
     except (ValueError, KeyError, IndexError):
@@ -170,45 +177,52 @@ def inventory_files(folder: Path) -> tuple[list[Path], list[Problem]]:
 
     Hidden files and folders are left out. A linked folder is followed, each real folder once.
     """
-    if not folder.is_dir():
-        wrong = "is a file; name its folder" if folder.exists() else f"no such folder; {_INIT}"
-        return [], [_in_folder(folder, wrong)]
-    files: list[Path] = []
-    problems: list[Problem] = []
-    _collect(folder, frozenset(), set(), files, problems)
-    if not files and not problems:
-        problems.append(_in_folder(folder, f"holds no *.yml or *.yaml file; {_INIT}"))
-    return sorted(files), sorted(problems)
+    search = _Search()
+    search.visit(folder, frozenset())
+    if not search.files and not search.problems:
+        search.note(folder, f"holds no *.yml or *.yaml file; {_INIT}")
+    return sorted(search.files), sorted(search.problems)
 
 
-def _collect(
-    folder: Path,
-    above: frozenset[Path],
-    seen: set[Path],
-    files: list[Path],
-    problems: list[Problem],
-) -> None:
-    real = folder.resolve()
-    if real in above:
-        problems.append(
-            _in_folder(folder, "is a symbolic link to a folder that holds it; remove it")
-        )
-    if real in seen:
-        return
-    seen.add(real)
-    try:
-        entries = sorted(folder.iterdir(), key=lambda entry: (entry.is_symlink(), entry))
-    except OSError as error:
-        problems.append(_in_folder(folder, f"cannot be read: {(error.strerror or '').lower()}"))
-        return
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.suffix.lower() in (".yml", ".yaml"):
-            files.append(entry)
-        elif entry.is_dir():
-            _collect(entry, above | {real}, seen, files, problems)
+class _Search:
+    def __init__(self) -> None:
+        self.files: list[Path] = []
+        self.problems: list[Problem] = []
+        self.seen: set[tuple[int, int]] = set()  # device and inode of each folder
+
+    def note(self, folder: Path, message: str) -> None:
+        self.problems.append(Problem(str(folder), 0, 0, "", message))
+
+    def visit(self, folder: Path, above: frozenset[tuple[int, int]]) -> None:
+        try:
+            status = folder.stat()
+            identity = status.st_dev, status.st_ino
+            if identity in above:
+                self.note(folder, "is a symbolic link to a folder that holds it; remove it")
+            if identity in self.seen:
+                return
+            self.seen.add(identity)
+            below = list(self.folders(folder))
+        except OSError as error:
+            self.note(folder, _no_folder(error))
+            return
+        for inside in below:
+            self.visit(inside, above | {identity})
+
+    def folders(self, folder: Path) -> Iterator[Path]:
+        """The folders inside, real ones before linked ones; files are collected."""
+        for entry in sorted(folder.iterdir(), key=lambda entry: (entry.is_symlink(), entry)):
+            if entry.name.startswith("."):
+                continue
+            if entry.suffix.lower() in (".yml", ".yaml"):
+                self.files.append(entry)
+            elif entry.is_dir():
+                yield entry
 
 
-def _in_folder(folder: Path, message: str) -> Problem:
-    return Problem(str(folder), 0, 0, "", message)
+def _no_folder(error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"no such folder; {_INIT}"
+    if isinstance(error, NotADirectoryError):
+        return "is a file; name its folder"
+    return f"cannot be read: {(error.strerror or str(error)).lower()}"

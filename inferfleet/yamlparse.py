@@ -44,7 +44,7 @@ _REMEDIES = (
     ("expected key", "keys of one mapping begin in the same column"),
     ("unexpected end of stream", "a quote is not closed"),
     ("unknown escape character", "write a backslash in single quotes, or double it"),
-    ("expected a single document", "keep one document a file: split it where --- stands"),
+    ("another document", "keep one document in a file: split it at ---"),
     ("',' or ']'", "a [ is not closed, or a comma is missing"),
     ("',' or '}'", "a { is not closed, or a comma is missing"),
 )
@@ -190,7 +190,9 @@ def _syntax(text: str, error: yaml.MarkedYAMLError) -> UnreadableError:
         return UnreadableError(
             "a tab in the indentation; YAML takes spaces only", line, written.find("\t") + 1
         )
-    said = error.problem or error.context or "not YAML"
+    said = (error.problem or error.context or "not YAML").removeprefix("but ")
+    if "cannot start" in said:
+        said = f"found character {written[column - 1 : column]!r} that cannot start any token"
     remedy = next((hint for part, hint in _REMEDIES if part in said), "")
     if error.context and error.context_mark and error.context_mark.line + 1 != line:
         said += f" ({error.context} at line {error.context_mark.line + 1})"
