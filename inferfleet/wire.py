@@ -174,12 +174,16 @@ def _kind(bits: int) -> Literal["file", "symlink", "directory", "other"]:
 
 
 def _digest(line: str) -> tuple[str, str]:
-    """Path and digest from a line of sha256sum, which doubles backslashes and says so."""
+    """Path and digest from a line of sha256sum, which escapes odd names and says so."""
     found = re.fullmatch(r"(\\?)([0-9a-f]{64}) [ *]\.(.*)", line)
     if found is None:
         raise ValueError(repr(line[:200]))
     escaped, digest, path = found.groups()
-    return path.replace("\\\\", "\\") if escaped else path, digest
+    return re.sub(r"\\(.)", _unescaped, path) if escaped else path, digest
+
+
+def _unescaped(found: re.Match[str]) -> str:
+    return {"r": "\r", "n": "\n"}.get(found[1], found[1])
 
 
 def _version(text: str) -> str:
