@@ -129,10 +129,16 @@ class Instance:
     port: int
     gpus: tuple[int, ...]
     listen: str  # the address it binds: loopback when only its own host asks it
+    options: Mapping[str, Any]  # the engine's, defaults filled in, the host's variables applied
 
     @property
     def name(self) -> str:
         return f"{self.deployment.name}-{self.index}"
+
+    @property
+    def unit(self) -> str:
+        """Its systemd unit; named by what is served, so that changing the engine replaces it."""
+        return f"inferfleet-{self.name}.service"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,17 +153,21 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All steps of a phase; `hosts` also holds hosts that only lose what they had."""
+    """All steps of a phase, by host name, in the order a host runs them.
+
+    `hosts` also holds hosts without steps: they lose what a former run left there.
+    """
 
     phase: Phase
     hosts: tuple[Host, ...]
-    steps: tuple[Step, ...]
+    steps: Mapping[str, tuple[Step, ...]]
     rehearsal: bool = False
 
     def instances(self) -> Iterator[Instance]:
-        """Every engine instance of the phase, in step order."""
-        for step in self.steps:
-            yield from step.instances
+        """Every engine instance of the phase, in host order."""
+        for steps in self.steps.values():
+            for step in steps:
+                yield from step.instances
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +255,8 @@ class Snapshot:
     interrupted: bool = False
     phase: str = ""
     lock: str = ""
+    generation: int = 0  # of the last finished run; 0: none yet
+    python: str = ""  # version of its python3, such as "3.11"; "": none
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +279,7 @@ class Diff:
     reloads: tuple[str, ...] = ()
     stops: tuple[str, ...] = ()
     moves_from: str = ""  # the phase that held the host until now, if another one
+    unknown: tuple[str, ...] = ()  # files not compared, as a secret in them cannot be resolved
 
     def __bool__(self) -> bool:
         return bool(self.changes)
@@ -286,7 +299,10 @@ class Result:
 
 
 class Render(Protocol):
-    """What a role's generator gets to make files with; see `inferfleet.render`."""
+    """What a role's generator gets to make files with; see `inferfleet.render`.
+
+    An artefact is `secret` when a secret went into it. Both raise RenderError.
+    """
 
     def __call__(
         self,
@@ -300,10 +316,20 @@ class Render(Protocol):
         reloads: tuple[str, ...] = (),
         **values: Any,
     ) -> Artefact:
-        """The artefact `path` from one of the role's templates.
+        """The file `path` from one of the role's templates."""
+        ...
 
-        It is `secret` when a secret went into it. Raises RenderError naming template and line.
-        """
+    def copy(
+        self,
+        path: str,
+        source: str | Secret,
+        /,
+        *,
+        mode: int = 0o644,
+        restarts: tuple[str, ...] = (),
+        reloads: tuple[str, ...] = (),
+    ) -> Artefact:
+        """The file `path` as it stands in the role's folder, or as a secret refers to it."""
         ...
 
 

@@ -1,0 +1,130 @@
+"""What a schema cannot say: ports, GPUs, parallelism, places. Pure; touches no host."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from inferfleet import plan
+from inferfleet.model import Deployment, Host, Inventory, Phase, Plan
+from inferfleet.roles import Library
+from inferfleet.schema import Fault
+
+
+def check(inventory: Inventory, library: Library) -> Iterator[Fault]:
+    """Every fault of an inventory whose entries each fit the schema."""
+    yield from _addresses(inventory)
+    yield from _heads(inventory)
+    for phase in inventory.phases.values():
+        yield from _places(inventory, phase)
+        yield from _gpus(inventory, phase)
+        built = plan.build(inventory, phase, library)
+        yield from _ports(built, library)
+        yield from _roles(built, library)
+
+
+def _addresses(inventory: Inventory) -> Iterator[Fault]:
+    seen: dict[tuple[str, int | None], str] = {}
+    for host in inventory.hosts.values():
+        first = seen.setdefault((host.address, host.port), host.name)
+        if first != host.name:
+            said = f"has the address of '{first}', {host.address}: two hosts cannot share one"
+            yield Fault(("hosts", host.name, "address"), said)
+
+
+def _heads(inventory: Inventory) -> Iterator[Fault]:
+    for deployment in inventory.deployments.values():
+        ways = deployment.options.get("tensor_parallel")
+        if not isinstance(ways, int):
+            pipelines = deployment.options.get("pipeline_parallel", 1)
+            ways = deployment.gpus_per_instance // max(1, int(pipelines))
+            key: tuple[str, ...] = ("gpus_per_instance",)
+        else:
+            key = ("options", "tensor_parallel")
+        heads = deployment.model.attention_heads
+        if heads and ways > 1 and heads % ways:
+            fitting = [str(n) for n in range(1, min(heads, 64) + 1) if heads % n == 0]
+            said = (
+                f"{ways}-way tensor parallelism does not divide the {heads} attention heads of "
+                f"{deployment.model.name}; {', '.join(fitting)} do"
+            )
+            yield Fault(("deployments", deployment.name, *key), said)
+
+
+def _places(inventory: Inventory, phase: Phase) -> Iterator[Fault]:
+    here = ("phases", phase.name)
+    if not phase.hosts:
+        yield Fault((*here, "hosts"), "names no host: no host is in these groups yet")
+    for index, name in enumerate(phase.deployments):
+        deployment = inventory.deployments.get(name)
+        if deployment and phase.hosts and not set(deployment.hosts) & set(phase.hosts):
+            said = f"'{name}' runs on none of the phase's hosts; its own are "
+            said += ", ".join(deployment.hosts[:5]) or "none"
+            yield Fault((*here, "deployments", index), said)
+    for placement in phase.placements:
+        if not placement.hosts:
+            yield Fault((*here, "roles", placement.role, "hosts"), "names no host of the phase")
+    local = [n for n in phase.hosts if inventory.hosts[n].connection == "local"]
+    if local and len(phase.hosts) > 1:
+        said = f"'{local[0]}' is this machine; other hosts cannot reach what listens on loopback"
+        yield Fault((*here, "hosts"), said)
+
+
+def _gpus(inventory: Inventory, phase: Phase) -> Iterator[Fault]:
+    for name in phase.hosts:
+        host = inventory.hosts[name]
+        yield from _claims(host, plan.deployments_of(inventory, phase, host), phase)
+
+
+def _claims(host: Host, deployments: list[Deployment], phase: Phase) -> Iterator[Fault]:
+    owner: dict[int, str] = {}
+    for claim in plan.claims(deployments):
+        here = ("deployments", claim.deployment)
+        if -1 in claim.gpus:
+            said = f"names too few GPUs: instance {claim.instance} gets none (phase {phase.name})"
+            yield Fault((*here, "gpus"), said)
+            continue
+        if beyond := [gpu for gpu in claim.gpus if gpu >= len(host.gpus)]:
+            said = (
+                f"instance {claim.instance} wants GPU {beyond[0]} of {host.name}, which has "
+                f"{len(host.gpus) or 'none'} (phase {phase.name})"
+            )
+            yield Fault((*here, "gpus_per_instance"), said)
+        for gpu in claim.gpus:
+            first = owner.setdefault(gpu, claim.deployment)
+            if first != claim.deployment:
+                said = f"GPU {gpu} of {host.name} is claimed by '{first}' too (phase {phase.name})"
+                yield Fault((*here, "gpus"), said)
+
+
+def _ports(built: Plan, library: Library) -> Iterator[Fault]:
+    for host in built.hosts:
+        listeners: dict[int, list[tuple[str, ...]]] = defaultdict(list)
+        for step in built.steps[host.name]:
+            if step.instances:
+                for instance in step.instances:
+                    listeners[instance.port].append(("deployments", instance.deployment.name))
+            else:
+                for port in library.role(step.role).ports(step):
+                    listeners[port].append(("phases", built.phase.name, "roles", step.role))
+        for port, who in listeners.items():
+            for keys in who[1:]:
+                said = f"port {port} of {host.name} is taken by '{who[0][-1]}'"
+                yield Fault((*keys, "port"), f"{said} (phase {built.phase.name})")
+            if port > 65535:
+                yield Fault((*who[0], "port"), f"{port} is past the last port, 65535")
+
+
+def _roles(built: Plan, library: Library) -> Iterator[Fault]:
+    for steps in built.steps.values():
+        for step in steps:
+            for option, message in library.role(step.role).check(step, built):
+                yield Fault(_keys(built, step.instances, step.role, option), message)
+
+
+def _keys(built: Plan, instances: tuple[object, ...], role: str, option: str) -> tuple[str, ...]:
+    """Where an option of a step stands: `NAME:option` is a deployment's, else the phase's."""
+    name, separator, own = option.partition(":")
+    if instances and separator:
+        return ("deployments", name, "options", own)
+    return ("phases", built.phase.name, "roles", role, option)

@@ -1,0 +1,300 @@
+"""From YAML files to a checked `Inventory`, or to every problem there is, each with its place."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from inferfleet import yamlfile
+from inferfleet.checks import check
+from inferfleet.errors import InventoryError, Problem
+from inferfleet.model import (
+    Deployment,
+    Gpu,
+    Host,
+    Inventory,
+    Model,
+    Phase,
+    Placement,
+    Secret,
+)
+from inferfleet.roles import Library
+from inferfleet.schema import Fault, Keys, composed, faults, validator
+from inferfleet.secrets import looks_like_secret
+from inferfleet.yamlbuild import did_you_mean, dotted
+
+SECTIONS = ("hosts", "groups", "models", "deployments", "phases")
+ALL = "all"  # the group every host is in
+
+
+def load(folder: Path, library: Library) -> Inventory:
+    """The inventory in `folder`. Raises InventoryError with all problems; touches no host."""
+    reading = _read(folder)
+    reading.validate(library)
+    builder = _Builder(reading, folder)
+    inventory = builder.inventory()
+    if not reading.unread:  # else half the names are missing and would be called unknown
+        reading.add(builder.faults)
+        reading.add(check(inventory, library))
+    if reading.problems:
+        raise InventoryError(set(reading.problems))
+    return inventory
+
+
+def select(
+    patterns: Iterable[str], hosts: Iterable[str], groups: Mapping[str, Sequence[str]]
+) -> tuple[tuple[str, ...], list[str]]:
+    """Host names that patterns (hosts, groups, globs) stand for, and the patterns without any."""
+    names = dict.fromkeys(hosts)
+    found: dict[str, None] = {}
+    empty = []
+    for pattern in patterns:
+        matched = list(_matches(pattern, names, groups))
+        found.update(dict.fromkeys(matched))
+        if not matched and pattern not in groups:
+            empty.append(pattern)
+    return tuple(found), empty
+
+
+def _matches(
+    pattern: str, hosts: Mapping[str, None], groups: Mapping[str, Sequence[str]]
+) -> Iterator[str]:
+    if pattern in hosts:
+        yield pattern
+    elif pattern in groups:
+        yield from groups[pattern]
+    elif any(sign in pattern for sign in "*?["):
+        yield from fnmatch.filter(hosts, pattern)
+        for group in fnmatch.filter(groups, pattern):
+            yield from groups[group]
+
+
+@dataclass
+class _Reading:
+    """All files of a folder: entries by section and name, where each stands, what is wrong."""
+
+    documents: list[yamlfile.Document]
+    problems: list[Problem]
+    unread: bool = False
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    where: dict[tuple[str, str], yamlfile.Document] = field(default_factory=dict)
+    bad: set[Keys] = field(default_factory=set)
+
+    def merge(self) -> None:
+        """Bring the files' sections together; a name may be defined once only."""
+        self.entries = {section: {} for section in SECTIONS}
+        for document in self.documents:
+            for section in SECTIONS:
+                entries = document.data.get(section)
+                for name, entry in entries.items() if isinstance(entries, dict) else ():
+                    self._define(section, name, entry, document)
+
+    def _define(self, section: str, name: str, entry: Any, document: yamlfile.Document) -> None:
+        first = self.where.setdefault((section, name), document)
+        if first is not document:
+            line, _ = first.position((section, name), key=True)
+            said = f"defined twice; first in {first.shown}:{line}"
+            self._report(document, Fault((section, name), said, at_key=True))
+        self.entries[section].setdefault(name, entry)
+
+    def validate(self, library: Library) -> None:
+        """Every document against the composed schema."""
+        checker = validator(composed(library))
+        for document in self.documents:
+            for fault in faults(checker, document.data, document.misread):
+                self._report(document, fault)
+                self.bad.add(fault.keys[:2] if len(fault.keys) > 1 else fault.keys[:1])
+            for fault in _clear_secrets(document.data):
+                self._report(document, fault)
+
+    def good(self, section: str) -> dict[str, Any]:
+        """The section's entries that the schema found nothing wrong with."""
+        if (section,) in self.bad:
+            return {}
+        entries = self.entries[section].items()
+        return {name: entry for name, entry in entries if (section, name) not in self.bad}
+
+    def add(self, found: Iterable[Fault]) -> None:
+        for fault in found:
+            place = (str(fault.keys[0]), str(fault.keys[1]))
+            self._report(self.where[place], fault)
+
+    def _report(self, document: yamlfile.Document, fault: Fault) -> None:
+        line, column = document.position(fault.keys, key=fault.at_key)
+        path = dotted(fault.keys)
+        self.problems.append(Problem(document.shown, line, column, path, fault.message))
+
+
+def _read(folder: Path) -> _Reading:
+    files, problems = yamlfile.inventory_files(folder)
+    documents = []
+    for file in files:
+        shown = os.path.relpath(file)
+        document, wrong = yamlfile.load(file, shown=shown)
+        problems.extend(wrong)
+        documents.append(document)
+    reading = _Reading(documents, problems, unread=bool(problems))
+    reading.merge()
+    return reading
+
+
+def _clear_secrets(data: Mapping[str, Any]) -> Iterator[Fault]:
+    """Strings that look like secrets, anywhere but in the hosts' own fixed keys."""
+    for section in ("groups", "models", "deployments", "phases"):
+        yield from _walk(data.get(section), (section,))
+    hosts = data.get("hosts")
+    for name, host in hosts.items() if isinstance(hosts, dict) else ():
+        if isinstance(host, dict) and "variables" in host:
+            yield from _walk(host["variables"], ("hosts", name, "variables"))
+
+
+def _walk(value: object, keys: Keys) -> Iterator[Fault]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _walk(inner, (*keys, key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _walk(inner, (*keys, index))
+    elif isinstance(value, str):
+        named = next((str(k) for k in reversed(keys) if isinstance(k, str)), "")
+        if looks_like_secret(named, value):
+            yield Fault(
+                keys, "looks like a secret in clear; refer to it: !env, !file, !cmd, !vault"
+            )
+
+
+@dataclass
+class _Builder:
+    """Turns good entries into the nouns; what refers to nothing becomes a fault."""
+
+    reading: _Reading
+    folder: Path
+    faults: list[Fault] = field(default_factory=list)
+    hosts: dict[str, Host] = field(default_factory=dict)
+    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def inventory(self) -> Inventory:
+        self._hosts()
+        models = {name: _model(name, m) for name, m in self.reading.good("models").items()}
+        deployments = dict(self._deployments(models))
+        phases = [self._phase(name, p) for name, p in self.reading.good("phases").items()]
+        # a phase that lacks a deployment for what was already found wrong is not judged further
+        whole = {p.name: p for p in phases if set(p.deployments) <= set(deployments)}
+        return Inventory(str(self.folder), self.hosts, self.groups, models, deployments, whole)
+
+    def _hosts(self) -> None:
+        groups = self.reading.good("groups")
+        members: dict[str, list[str]] = {name: [] for name in self.reading.entries["groups"]}
+        for name, entry in self.reading.good("hosts").items():
+            for index, group in enumerate(entry.get("groups", ())):
+                if group in members:
+                    members[group].append(name)
+                else:
+                    self._unknown("group", group, members, ("hosts", name, "groups", index))
+            self.hosts[name] = _host(name, entry, groups)
+        for group in groups:
+            if group in self.reading.entries["hosts"]:
+                self._fault(("groups", group), "is a host's name too: patterns would be ambiguous")
+        self.groups = {ALL: tuple(self.hosts)} | {g: tuple(m) for g, m in members.items()}
+
+    def _deployments(self, models: Mapping[str, Model]) -> Iterator[tuple[str, Deployment]]:
+        for name, entry in self.reading.good("deployments").items():
+            here: Keys = ("deployments", name)
+            hosts = self._select(entry["hosts"], (*here, "hosts"))
+            known = self.reading.entries["models"]
+            if entry["model"] in models:
+                yield name, _deployment(name, entry, models[entry["model"]], hosts)
+            elif entry["model"] not in known:
+                self._unknown("model", entry["model"], known, (*here, "model"))
+
+    def _phase(self, name: str, entry: Mapping[str, Any]) -> Phase:
+        here: Keys = ("phases", name)
+        hosts = self._select(entry["hosts"], (*here, "hosts"))
+        known = self.reading.entries["deployments"]
+        for index, deployment in enumerate(entry.get("deployments", ())):
+            if deployment not in known:
+                self._unknown("deployment", deployment, known, (*here, "deployments", index))
+        placements = []
+        for role, settings in entry.get("roles", {}).items():
+            keys = (*here, "roles", role, "hosts")
+            chosen = self._select(settings["hosts"], keys)
+            if outside := [h for h in chosen if h not in hosts]:
+                names = ", ".join(outside[:5])
+                self._fault(keys, f"{names}: not among the phase's hosts; add them there")
+            own = {key: value for key, value in settings.items() if key != "hosts"}
+            placements.append(Placement(role, tuple(h for h in chosen if h in hosts), own))
+        named = tuple(entry.get("deployments", ()))
+        return Phase(name, hosts, named, tuple(placements), entry["users"], entry["why"])
+
+    def _select(self, patterns: Sequence[str], keys: Keys) -> tuple[str, ...]:
+        found, _ = select(patterns, self.hosts, self.groups)
+        names = [*self.reading.entries["hosts"], *self.groups]
+        known = [*names, *(n for n in self.reading.entries["groups"] if n not in self.groups)]
+        for index, pattern in enumerate(patterns):
+            if pattern not in known and not any(fnmatch.filter(known, pattern)):
+                self._unknown("host or group", pattern, known, (*keys, index))
+        return found
+
+    def _unknown(self, what: str, name: str, known: Iterable[str], keys: Keys) -> None:
+        self._fault(keys, f"there is no {what} '{name}'{did_you_mean(name, known)}")
+
+    def _fault(self, keys: Keys, message: str) -> None:
+        self.faults.append(Fault(keys, message))
+
+
+_SHARED = ("connection", "port", "user", "key", "become", "become_password")
+
+
+def _host(name: str, entry: Mapping[str, Any], groups: Mapping[str, Any]) -> Host:
+    """A host with what its groups say; the host wins, then the group it names last."""
+    levels = [groups.get(g, {}) for g in (ALL, *entry.get("groups", ()))] + [entry]
+    own = {key: level[key] for level in levels for key in _SHARED if key in level}
+    variables: dict[str, dict[str, Any]] = {}
+    for level in levels:
+        for role, options in level.get("variables", {}).items():
+            variables[role] = variables.get(role, {}) | options
+    address = entry.get("address", "127.0.0.1" if own.get("connection") == "local" else name)
+    return Host(
+        name=name,
+        address=address,
+        private_address=entry.get("private_address", address),
+        host_keys=tuple(entry.get("host_keys", ())),
+        groups=tuple(entry.get("groups", ())),
+        gpus=_gpus(entry.get("gpus", ())),
+        ram_gib=entry.get("ram_gib"),
+        disk_gib=entry.get("disk_gib"),
+        variables=variables,
+        **own,
+    )
+
+
+def _gpus(entries: Iterable[Mapping[str, Any]]) -> tuple[Gpu, ...]:
+    models = [entry["model"] for entry in entries for _ in range(entry.get("count", 1))]
+    return tuple(Gpu(index, model) for index, model in enumerate(models))
+
+
+def _model(name: str, entry: Mapping[str, Any]) -> Model:
+    return Model(name=name, **{"served_name": name, **entry})
+
+
+def _deployment(
+    name: str, entry: Mapping[str, Any], model: Model, hosts: tuple[str, ...]
+) -> Deployment:
+    gpus, key = entry.get("gpus"), entry.get("api_key")
+    return Deployment(
+        name=name,
+        engine=entry["engine"],
+        model=model,
+        hosts=hosts,
+        port=entry["port"],
+        gpus_per_instance=entry.get("gpus_per_instance", 1),
+        instances_per_host=entry.get("instances_per_host", 1),
+        gpus=None if gpus is None else tuple(gpus),
+        api_key=key if isinstance(key, Secret) else None,
+        options=entry.get("options", {}),
+        extra_args=tuple(entry.get("extra_args", ())),
+    )

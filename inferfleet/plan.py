@@ -1,0 +1,109 @@
+"""From a phase to steps: which role runs on which host, with which GPUs and ports. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from inferfleet.model import Deployment, Host, Instance, Inventory, Phase, Plan, Step
+from inferfleet.roles import Library
+from inferfleet.schema import with_defaults
+
+SIMULATOR = "simulator"
+
+
+@dataclass(frozen=True, slots=True)
+class GpuClaim:
+    """The GPU indexes one instance of a deployment gets on a host."""
+
+    deployment: str
+    instance: int
+    gpus: tuple[int, ...]
+
+
+def claims(deployments: Iterable[Deployment]) -> Iterator[GpuClaim]:
+    """Give each instance its GPUs, in order: named ones first come, else the next free.
+
+    Never fails: what the host lacks is counted past its end and reported by the checks.
+    """
+    wanted = list(deployments)
+    named = {gpu for d in wanted for gpu in d.gpus or ()}
+    free = (gpu for gpu in range(10**6) if gpu not in named)
+    for deployment in wanted:
+        own = iter(deployment.gpus or ())
+        for index in range(deployment.instances_per_host):
+            source = own if deployment.gpus is not None else free
+            taken = [next(source, -1) for _ in range(deployment.gpus_per_instance)]
+            yield GpuClaim(deployment.name, index, tuple(taken))
+
+
+def deployments_of(inventory: Inventory, phase: Phase, host: Host) -> list[Deployment]:
+    """The phase's deployments on a host, in the phase's order."""
+    named = [inventory.deployments[n] for n in phase.deployments if n in inventory.deployments]
+    return [d for d in named if host.name in d.hosts]
+
+
+def build(inventory: Inventory, phase: Phase, library: Library, *, rehearse: bool = False) -> Plan:
+    """The plan of a phase; with `rehearse`, the simulator stands in for every engine."""
+    askers = {
+        host for p in phase.placements if library.role(p.role).asks_engines for host in p.hosts
+    }
+    builder = _Builder(inventory, phase, library, rehearse, frozenset(askers))
+    hosts = tuple(inventory.hosts[name] for name in phase.hosts)
+    return Plan(phase, hosts, {h.name: tuple(builder.steps(h)) for h in hosts}, rehearse)
+
+
+@dataclass(frozen=True, slots=True)
+class _Builder:
+    inventory: Inventory
+    phase: Phase
+    library: Library
+    rehearse: bool
+    askers: frozenset[str]  # hosts with a role that talks to engines
+
+    def steps(self, host: Host) -> Sequence[Step]:
+        steps = [*self._engines(host), *self._services(host)]
+        return sorted(steps, key=lambda step: (self.library.role(step.role).order, step.role))
+
+    def _engines(self, host: Host) -> Iterator[Step]:
+        by_role: dict[str, list[Instance]] = {}
+        for role, instance in self._instances(host):
+            by_role.setdefault(role, []).append(instance)
+        for role, instances in by_role.items():
+            yield Step(host, role, tuple(instances))
+
+    def _instances(self, host: Host) -> Iterator[tuple[str, Instance]]:
+        deployments = {d.name: d for d in deployments_of(self.inventory, self.phase, host)}
+        listen = "127.0.0.1" if self.askers <= {host.name} else host.private_address
+        for claim in claims(deployments.values()):
+            deployment = deployments[claim.deployment]
+            role = SIMULATOR if self.rehearse else deployment.engine
+            yield (
+                role,
+                Instance(
+                    deployment=deployment,
+                    host=host,
+                    index=claim.instance,
+                    port=deployment.port + claim.instance,
+                    gpus=claim.gpus,
+                    listen=listen,
+                    options=self._options(role, deployment, host),
+                ),
+            )
+
+    def _options(self, role: str, deployment: Deployment, host: Host) -> Mapping[str, Any]:
+        schema = self.library.role(role).schema
+        if role != deployment.engine:  # a rehearsal keeps what both engines understand
+            known = schema.get("properties", {})
+            given = {k: v for k, v in deployment.options.items() if k in known}
+        else:
+            given = dict(deployment.options)
+        return with_defaults(schema, given | host.variables.get(role, {}))
+
+    def _services(self, host: Host) -> Iterator[Step]:
+        for placement in self.phase.placements:
+            if host.name in placement.hosts:
+                schema = self.library.role(placement.role).schema
+                own = dict(placement.settings) | host.variables.get(placement.role, {})
+                yield Step(host, placement.role, settings=with_defaults(schema, own))

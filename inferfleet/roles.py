@@ -1,0 +1,127 @@
+"""Roles are folders: role.py, schema.yml, templates/, test_<name>.py. Nothing is registered.
+
+A project's own `roles/` and `templates/` are searched before those that come with the package,
+so an engine is added, or one of ours replaced, by copying a folder.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import yaml
+
+from inferfleet.errors import Error
+from inferfleet.model import Artefact, Ensure, Plan, Render, Step
+
+_PACKAGE = Path(__file__).parent
+
+
+def shipped(name: str) -> Path:
+    """The folder `roles`, `templates` or `inventory` that comes with the package or the clone."""
+    installed = _PACKAGE / "data" / name
+    return installed if installed.is_dir() else _PACKAGE.parent / name
+
+
+@dataclass(frozen=True)
+class Role:
+    """One role folder, read on first use."""
+
+    name: str
+    folder: Path
+
+    @cached_property
+    def module(self) -> ModuleType:
+        source = self.folder / "role.py"
+        spec = importlib.util.spec_from_file_location(f"inferfleet_role_{self.name}", source)
+        if spec is None or spec.loader is None:
+            raise Error(f"{source}: cannot be loaded as Python")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up there
+        spec.loader.exec_module(module)
+        return module
+
+    @cached_property
+    def schema(self) -> Mapping[str, Any]:
+        """The JSON Schema of the role's options: an object, every property described."""
+        source = self.folder / "schema.yml"
+        try:
+            loaded = yaml.safe_load(source.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise Error(f"{source}: {error}") from error
+        if not isinstance(loaded, dict):
+            raise Error(f"{source}: must be a JSON Schema object")
+        return loaded
+
+    @property
+    def kind(self) -> Literal["engine", "service"]:
+        """An engine serves the model of a deployment; a service is placed by a phase."""
+        return "engine" if getattr(self.module, "KIND", "service") == "engine" else "service"
+
+    @property
+    def order(self) -> int:
+        """Where it comes on a host: smaller first. Engines are 50."""
+        return int(getattr(self.module, "ORDER", 50))
+
+    @property
+    def asks_engines(self) -> bool:
+        """Whether it talks to the phase's engines, which then listen where it can reach them."""
+        return bool(getattr(self.module, "ASKS_ENGINES", False))
+
+    def artefacts(self, step: Step, plan: Plan, render: Render) -> Iterator[Artefact | Ensure]:
+        """What the role wants on the step's host."""
+        yield from self.module.artefacts(step, plan, render)
+
+    def check(self, step: Step, plan: Plan) -> Iterable[tuple[str, str]]:
+        """Problems only the role can see: (option, what is wrong and what to do)."""
+        found: Callable[[Step, Plan], Iterable[tuple[str, str]]] | None
+        found = getattr(self.module, "check", None)
+        return found(step, plan) if found else ()
+
+    def ports(self, step: Step) -> tuple[int, ...]:
+        """TCP ports the step listens on."""
+        own: Callable[[Step], Iterable[int]] | None = getattr(self.module, "ports", None)
+        return tuple(own(step)) if own else tuple(i.port for i in step.instances)
+
+
+@dataclass(frozen=True)
+class Library:
+    """Where roles and template skeletons are looked up, first match wins."""
+
+    project: Path | None = None
+    _roles: dict[str, Role] = field(default_factory=dict)
+
+    def _folders(self, name: str) -> list[Path]:
+        own = [self.project / name] if self.project else []
+        return [folder for folder in [*own, shipped(name)] if folder.is_dir()]
+
+    @property
+    def templates(self) -> list[Path]:
+        """Folders with the skeletons that role templates extend."""
+        return self._folders("templates")
+
+    def names(self) -> list[str]:
+        """Every role there is, sorted."""
+        found = {p.parent.name for f in self._folders("roles") for p in f.glob("*/role.py")}
+        return sorted(found)
+
+    def role(self, name: str) -> Role:
+        """The role `name`; raises KeyError when there is none."""
+        if name not in self._roles:
+            for folder in self._folders("roles"):
+                if (folder / name / "role.py").is_file():
+                    self._roles[name] = Role(name, folder / name)
+                    break
+        return self._roles[name]
+
+    def engines(self) -> list[str]:
+        return [name for name in self.names() if self.role(name).kind == "engine"]
+
+    def services(self) -> list[str]:
+        return [name for name in self.names() if self.role(name).kind == "service"]

@@ -1,0 +1,115 @@
+"""nginx as a balancer for language models; why each directive stands there is said in the template.
+
+It runs as a unit of its own beside the distribution's nginx.service, whose sites it leaves alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from inferfleet.builders import VERIFY_UNIT, listens, package, running
+from inferfleet.model import Artefact, Ensure, Instance, Plan, Render, Secret, Step
+
+KIND = "service"
+ORDER = 90
+ASKS_ENGINES = True
+UNIT = "inferfleet-balancer.service"
+FOLDER = "/etc/inferfleet/balancer"
+NGINX = "/usr/sbin/nginx"
+# nginx -t creates the pid file it is told of: not the running one's
+CHECK = (NGINX, "-t", "-q", "-c", "{path}", "-g", "pid /run/inferfleet-balancer-check.pid;")
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The instances of one deployment, and the paths under which clients reach them."""
+
+    name: str
+    prefixes: tuple[str, ...]
+    servers: tuple[str, ...]
+    key: Secret | None
+
+
+def artefacts(step: Step, plan: Plan, render: Render) -> Iterator[Artefact | Ensure]:
+    """Configuration, client keys, engine keys and certificate, each reloaded without a cut."""
+    settings = step.settings
+    yield package("nginx-light", "nginx")
+    found = pools(step, plan)
+    yield render(
+        f"{FOLDER}/nginx.conf",
+        "nginx.conf.j2",
+        validate=CHECK,
+        reloads=(UNIT,),
+        pools=found,
+        settings=settings,
+        tls="tls" in settings,
+    )
+    keys = sorted(settings["api_keys"].items())
+    yield render(
+        f"{FOLDER}/clients.conf", "clients.conf.j2", mode=0o600, reloads=(UNIT,), keys=keys
+    )
+    for pool in found:
+        path = f"{FOLDER}/engine-{pool.name}.conf"
+        yield render(path, "engine.conf.j2", mode=0o600, reloads=(UNIT,), key=pool.key)
+    if tls := settings.get("tls"):
+        yield render.copy(f"{FOLDER}/tls.crt", tls["certificate"], mode=0o600, reloads=(UNIT,))
+        yield render.copy(f"{FOLDER}/tls.key", tls["key"], mode=0o600, reloads=(UNIT,))
+    yield render(
+        f"/etc/systemd/system/{UNIT}",
+        "balancer.service.j2",
+        validate=VERIFY_UNIT,
+        restarts=(UNIT,),
+        description="inferfleet balancer (nginx)",
+        folder=FOLDER,
+        drain_timeout=settings["drain_timeout"],
+    )
+    yield running(UNIT)
+    yield listens(UNIT, settings["port"])
+
+
+def check(step: Step, plan: Plan) -> Iterator[tuple[str, str]]:
+    """There is something to balance, and every name in `deployments` is part of the phase."""
+    named = step.settings.get("deployments", ())
+    for unknown in [name for name in named if name not in plan.phase.deployments]:
+        known = ", ".join(plan.phase.deployments) or "none"
+        yield "deployments", f"'{unknown}' is not a deployment of this phase; it has {known}"
+    if not _backends(step, plan):
+        yield "hosts", "a balancer without backends: no deployment of the phase runs anywhere"
+
+
+def ports(step: Step) -> Iterable[int]:
+    """Where clients come in."""
+    return [step.settings["port"]]
+
+
+def pools(step: Step, plan: Plan) -> list[Pool]:
+    """A pool for each deployment, in the phase's order.
+
+    nginx cannot see the model in a request's body. So only where all pools serve the same
+    model, one of them can have /v1/; otherwise each is reached under its deployment's name.
+    """
+    backends = _backends(step, plan)
+    alone = len(backends) == 1
+    return [
+        Pool(
+            name=name,
+            prefixes=("/v1/", f"/{name}/v1/") if alone else (f"/{name}/v1/",),
+            servers=tuple(_server(instance) for instance in instances),
+            key=instances[0].deployment.api_key,
+        )
+        for name, instances in backends.items()
+    ]
+
+
+def _backends(step: Step, plan: Plan) -> dict[str, list[Instance]]:
+    named = step.settings.get("deployments", plan.phase.deployments)
+    found: dict[str, list[Instance]] = {name: [] for name in plan.phase.deployments}
+    for instance in plan.instances():
+        found[instance.deployment.name].append(instance)
+    return {name: found[name] for name in found if name in named and found[name]}
+
+
+def _server(instance: Instance) -> str:
+    """Where this balancer reaches an instance: a loopback listener is on its own host."""
+    return f"{instance.listen}:{instance.port}"
