@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from inferfleet.lab.host import Bind, LabHost
-from inferfleet.lab.hosts import Lab, describe, running, take_down
+from inferfleet.lab.hosts import Lab, NoLabError, describe, running, take_down
 from inferfleet.lab.machine import install_requirements, requirements
 
 __all__ = [
     "Bind",
     "Lab",
     "LabHost",
+    "NoLabError",
     "describe",
     "install_requirements",
     "requirements",

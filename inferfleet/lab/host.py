@@ -16,11 +16,12 @@ from pathlib import Path
 from inferfleet.errors import HostError
 from inferfleet.lab import machine, network, rootfs
 
+# The cgroup is joined before the fork: once `boot` returns, whatever runs can be found and killed.
 # The guest's systemd wants cgroup2 alone at /sys/fs/cgroup, whatever this machine has there.
 # nspawn exits with 133 when the guest asked for a reboot.
 SUPERVISE = """
 echo $$ > "$CGROUP/cgroup.procs" || exit 1
-exec unshare --mount --propagation slave sh -c '
+exec setsid --fork unshare --mount --propagation slave sh -c '
     umount --recursive --lazy /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup || exit 1
     while :; do
         systemd-nspawn "$@"
@@ -135,7 +136,7 @@ class LabHost:
             raise HostError(self.name, "it is switched on already")
         network.plug(self.number, self.index)
         self.cgroup.mkdir(parents=True, exist_ok=True)
-        argv = ["setsid", "--fork", "sh", "-c", SUPERVISE, "sh", *self._nspawn_options()]
+        argv = ["sh", "-c", SUPERVISE, "sh", *self._nspawn_options()]
         environment = {**os.environ, "CGROUP": str(self.cgroup), "SYSTEMD_NSPAWN_TMPFS_TMP": "0"}
         with self.console.open("ab") as console:
             subprocess.run(

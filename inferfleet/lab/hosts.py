@@ -26,7 +26,12 @@ from inferfleet.lab import machine, network, rootfs
 from inferfleet.lab.host import Bind, LabHost
 
 BASE = Path("/run/inferfleet/lab")
+LOCK = BASE / ".lock"
 NAME = re.compile(r"[a-z]([a-z0-9-]{0,28}[a-z0-9])?")
+
+
+class NoLabError(Error):
+    """There is no lab of that name; it was never booted, or taken down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +78,18 @@ class Lab:
 
     @classmethod
     def open(cls, name: str = "lab") -> Lab:
-        """The running lab `name`. Raises Error when there is none."""
+        """The running lab `name`. Raises NoLabError when there is none."""
         try:
             state = json.loads((BASE / name / "lab.json").read_text())
         except FileNotFoundError:
-            raise Error(f"no lab named {name} is running") from None
+            raise NoLabError(f"no lab named {name} is running") from None
         binds = tuple(Bind(**bind) for bind in state.pop("binds"))
         return cls(**{**state, "names": tuple(state["names"])}, binds=binds)
 
     @classmethod
     def _claim(cls, name: str, names: tuple[str, ...], disk: str, binds: tuple[Bind, ...]) -> Lab:
         """Write down, before anything is made, what there will be to take down."""
-        BASE.mkdir(parents=True, exist_ok=True)
-        with rootfs.exclusive(BASE / ".lock"):
+        with machine.exclusive(LOCK):
             number = network.free_subnet(_claimed())
             lab = cls(name, number, names, disk, binds)
             lab.folder.mkdir(mode=0o700)
@@ -155,24 +159,23 @@ class Lab:
 
     def down(self) -> None:
         """Take it down, whatever of it is there; nothing of it is left."""
-        machine.kill_cgroup(self.cgroup)
-        for host in self.hosts.values():
-            host.unmake()
-        network.remove_bridge(self.number)
-        shutil.rmtree(self.folder)
+        with machine.exclusive(LOCK):
+            if self.name not in running():
+                return
+            machine.kill_cgroup(self.cgroup)
+            for host in self.hosts.values():
+                host.unmake()
+            network.remove_bridge(self.number)
+            shutil.rmtree(self.folder)
 
     def _start(self, lower: Path) -> None:
         machine.raise_inotify_limit()
         machine.command("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.ssh_key))
-        network.add_bridge(self.number)
+        network.add_bridge(self.number, self.name)
         etc_hosts = self._etc_hosts()
         login = self.ssh_key.with_suffix(".pub").read_text()
-
-        def start(host: LabHost) -> None:
-            host.make(lower, etc_hosts, login)
-            host.boot()
-
-        self._each(start)
+        self._each(lambda host: host.make(lower, etc_hosts, login))
+        self._each(LabHost.boot)
         self.known_hosts.write_text("".join(h.known_host for h in self.hosts.values()))
         self.ssh_config.write_text("\n".join(map(self._ssh_section, self.hosts.values())))
 
@@ -204,17 +207,18 @@ def running() -> list[str]:
 
 def take_down(name: str) -> bool:
     """Take the lab `name` down, whole or half; False when there was none."""
-    if name in running():
+    try:
         Lab.open(name).down()
-        return True
-    shutil.rmtree(BASE / name, ignore_errors=True)  # cut short before its claim was written
-    return False
+    except NoLabError:
+        shutil.rmtree(BASE / name, ignore_errors=True)  # cut short before its claim was written
+        return False
+    return True
 
 
 def _claimed() -> set[int]:
     claims = set()
     for name in running():
-        with contextlib.suppress(Error):  # taken down since it was listed
+        with contextlib.suppress(NoLabError):  # taken down since it was listed
             claims.add(Lab.open(name).number)
     return claims
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import platform
 import select
@@ -9,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from inferfleet.errors import Error
@@ -33,6 +35,10 @@ def requirements() -> list[str]:
     reasons = []
     if os.geteuid() != 0:
         reasons.append("the lab needs root")
+    elif not _may_mount():
+        reasons.append("the lab needs the right to mount, which this container has not")
+    if _cgroup2() is None:
+        reasons.append("the lab needs cgroup2 mounted, at /sys/fs/cgroup/unified for instance")
     if _distribution() not in DISTRIBUTIONS:
         reasons.append("the lab needs Debian or Ubuntu")
     if _kernel() < KERNEL:
@@ -82,6 +88,15 @@ def command(
     return result.stdout or ""
 
 
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold the file lock `path`, waiting for whoever holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def mounts_under(folder: Path) -> list[str]:
     """Mount points at or below `folder`, the last mounted first."""
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
@@ -90,21 +105,22 @@ def mounts_under(folder: Path) -> list[str]:
 
 
 def cgroup_root() -> Path:
-    """Where cgroup2 is mounted."""
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        before, _, after = line.partition(" - ")
-        if after.startswith("cgroup2 "):
-            return Path(before.split(" ")[4])
-    raise Error("the lab needs cgroup2 mounted, at /sys/fs/cgroup/unified for instance")
+    """Where cgroup2 is mounted. Raises Error when it is not."""
+    if (root := _cgroup2()) is None:
+        raise Error("cgroup2 is not mounted")
+    return root
 
 
 def kill_cgroup(cgroup: Path, timeout: float = 10) -> None:
     """Kill all that runs in `cgroup` and below, and remove it; fine when it is not there."""
     if not cgroup.is_dir():
         return
+    deadline = time.monotonic() + timeout
     (cgroup / "cgroup.kill").write_text("1")
-    if not wait_empty(cgroup, timeout):
-        raise Error(f"{cgroup} still holds processes {timeout:g} s after they were killed")
+    while not wait_empty(cgroup, 1):
+        if time.monotonic() > deadline:
+            raise Error(f"{cgroup} still holds processes {timeout:g} s after they were killed")
+        (cgroup / "cgroup.kill").write_text("1")  # one may have been on its way in
     for folder, _, _ in os.walk(cgroup, topdown=False):
         Path(folder).rmdir()
 
@@ -129,6 +145,19 @@ def raise_inotify_limit() -> None:
     limit = Path("/proc/sys/fs/inotify/max_user_instances")
     if int(limit.read_text()) < INOTIFY_INSTANCES:
         limit.write_text(str(INOTIFY_INSTANCES))
+
+
+def _cgroup2() -> Path | None:
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        if after.startswith("cgroup2 "):
+            return Path(before.split(" ")[4])
+    return None
+
+
+def _may_mount() -> bool:
+    argv = ["unshare", "--mount", "true"]
+    return subprocess.run(argv, stderr=subprocess.DEVNULL, check=False).returncode == 0
 
 
 def _distribution() -> str:

@@ -54,11 +54,12 @@ def _network(destination: str) -> ipaddress.IPv4Network:
     return ipaddress.IPv4Network(destination, strict=False)
 
 
-def add_bridge(number: int) -> None:
+def add_bridge(number: int, lab: str) -> None:
     """Make the bridge of subnet `number` and give it this machine's address."""
     name = bridge(number)
     batch = f"""
         link add {name} type bridge mcast_snooping 0
+        link set {name} alias inferfleet-{lab}
         addr add {gateway(number)}/24 dev {name}
         link set {name} up
     """
@@ -71,6 +72,7 @@ def add_cable(number: int, index: int, namespace: str) -> None:
     outside = f"""
         netns add {namespace}
         link add {name} type veth peer name eth0 netns {namespace}
+        link set {name} alias {namespace}
         link set {name} master {bridge(number)} up
     """
     inside = f"""
@@ -83,8 +85,11 @@ def add_cable(number: int, index: int, namespace: str) -> None:
 
 
 def plug(number: int, index: int) -> None:
-    """Put the cable into the bridge; fine when it is in."""
-    _set_port(cable(number, index), FORWARDING)
+    """Put the cable back into the bridge; fine when it is in."""
+    name = cable(number, index)
+    # A port whose cable has only just been made comes up by itself, and cannot be told to before.
+    if Path(f"/sys/class/net/{name}/operstate").read_text() == "up\n":
+        _set_port(name, FORWARDING)
 
 
 def unplug(number: int, index: int) -> None:

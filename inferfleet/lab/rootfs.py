@@ -7,17 +7,15 @@ it, which every host uses as the read-only lower layer of an overlay.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-from inferfleet.lab.machine import command
+from inferfleet.lab.machine import command, exclusive
 
 Say = Callable[[str], None]
 
@@ -103,14 +101,6 @@ def cache() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)  # the tree holds setuid programs
     return folder
-
-
-@contextlib.contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Hold the file lock `path`, waiting for whoever holds it."""
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def codename() -> str:
