@@ -1,6 +1,7 @@
 """Everything that can go wrong for a user, as one small tree.
 
     Error
+    ├── UsageError                   the command was called wrongly; exit code 2
     ├── InventoryError(problems)     what the user wrote; every problem at once
     ├── RenderError                  a template or a value that cannot be rendered
     ├── SecretError                  a reference that cannot be resolved
@@ -34,6 +35,10 @@ class Problem:
 
 class Error(Exception):
     """What the user can act on; its text is shown as it is, without a traceback."""
+
+
+class UsageError(Error):
+    """A command was given something that does not exist, or not enough."""
 
 
 class InventoryError(Error):

@@ -19,7 +19,7 @@ from inferfleet.errors import SecretError
 from inferfleet.model import Secret
 from inferfleet.vault import decrypt
 
-__all__ = ["Masked", "Secrets", "looks_like_secret", "scrub"]
+__all__ = ["Masked", "Secrets", "Tolerant", "looks_like_secret", "scrub"]
 
 _LONGEST = 2**20  # bytes of a secret
 _PASSWORD_FILE = "ANSIBLE_VAULT_PASSWORD_FILE"  # noqa: S105
@@ -35,6 +35,27 @@ class Masked:
     def bytes_of(self, secret: Secret) -> bytes:
         """The same, UTF-8."""
         return str(secret).encode()
+
+
+class Tolerant:
+    """`secrets` where they can be resolved, else the mask: enough to plan with."""
+
+    def __init__(self, secrets: Secrets) -> None:
+        self._secrets = secrets
+
+    def resolve(self, secret: Secret) -> str:
+        """The value or the mask."""
+        try:
+            return self._secrets.resolve(secret)
+        except SecretError:
+            return str(secret)
+
+    def bytes_of(self, secret: Secret) -> bytes:
+        """The value or the mask, UTF-8."""
+        try:
+            return self._secrets.bytes_of(secret)
+        except SecretError:
+            return str(secret).encode()
 
 
 class Secrets:

@@ -1,0 +1,420 @@
+"""The tasks: what `invoke` and `inferfleet` run. Exit codes are made here and nowhere else.
+
+0: fine. 1: problems, or hosts that failed. 2: wrong usage; with --detailed-exitcode: changes wait.
+Heavy imports stand inside the tasks, so that listing them stays fast.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from invoke import Collection, Context, Exit, ParseError, Program, task
+
+from inferfleet import __version__
+from inferfleet.errors import Error, InventoryError, UsageError
+
+if TYPE_CHECKING:
+    from inferfleet.model import Result
+    from inferfleet.project import Project
+    from inferfleet.push import Surveyed
+
+FINE, PROBLEMS, USAGE, INTERRUPTED = 0, 1, 2, 130
+_INVENTORY = "the inventory's folder (default: inventory/)"
+_LIMIT = "only these hosts: names, groups, globs, with commas between"
+_PHASE = "the phase, such as pilot"
+_JSON = "one JSON document instead of text"
+_REHEARSE = "the simulator in place of every engine: no GPUs, no weights, all else real"
+
+
+def command(**helps: str) -> Callable[[Callable[..., int]], Any]:
+    """A task whose errors are shown without a traceback and become exit codes."""
+
+    def decorate(function: Callable[..., int]) -> Any:
+        @functools.wraps(function)
+        def run(context: Context, *args: Any, **options: Any) -> None:
+            try:
+                code = function(context, *args, **options)
+            except Error as error:
+                code = _shown(error, as_json=bool(options.get("json")))
+            except KeyboardInterrupt:
+                print("interrupted; hosts finish what they began", file=sys.stderr)
+                code = INTERRUPTED
+            if code:
+                raise Exit(code=code)
+
+        return task(help=helps, positional=_positional(function))(run)
+
+    return decorate
+
+
+def _positional(function: Callable[..., int]) -> list[str]:
+    """`host` and `folder` are what their commands are about: `trust gpu-01`, `init fleet`."""
+    return [name for name in ("host", "folder") if name in function.__annotations__]
+
+
+def _shown(error: Error, *, as_json: bool) -> int:
+    if as_json:
+        from dataclasses import asdict
+
+        from inferfleet.report import as_json as write
+
+        found = [asdict(p) for p in error.problems] if isinstance(error, InventoryError) else []
+        write({"ok": False, "problems": found or [{"message": str(error)}]})
+    else:
+        print(error, file=sys.stderr)
+        if isinstance(error, InventoryError):
+            count = len(error.problems)
+            print(f"{count} problem{'s' if count > 1 else ''}.", file=sys.stderr)
+    return USAGE if isinstance(error, UsageError) else PROBLEMS
+
+
+def _project(inventory: str) -> Project:
+    from inferfleet.project import Project
+
+    return Project(Path(inventory))
+
+
+@command(inventory=_INVENTORY, json=_JSON)
+def check(_: Context, inventory: str = "inventory", json: bool = False) -> int:
+    """Is the inventory right? Everything that is wrong, in one list; no host is touched."""
+    from inferfleet import report
+
+    found = _project(inventory).inventory
+    counts = {
+        what: len(getattr(found, what)) for what in ("hosts", "models", "deployments", "phases")
+    }
+    if json:
+        report.as_json({"ok": True, "problems": [], **counts})
+    else:
+        said = ", ".join(f"{count} {what}" for what, count in counts.items())
+        print(f"{inventory}: fine ({said}).")
+    return FINE
+
+
+@command(
+    phase=f"{_PHASE}; default: all of them",
+    inventory=_INVENTORY,
+    limit=_LIMIT,
+    output="where to write (default: build/<phase>)",
+    rehearse=_REHEARSE,
+    json="print the index instead of a summary",
+)
+def render(
+    _: Context,
+    phase: str = "",
+    inventory: str = "inventory",
+    limit: str = "",
+    output: str = "",
+    rehearse: bool = False,
+    json: bool = False,
+) -> int:
+    """Write what each host would get to build/<phase>/<host>/..., for review; secrets masked."""
+    from inferfleet import report, tree
+
+    project = _project(inventory)
+    names = [phase] if phase else list(project.inventory.phases)
+    if output and len(names) > 1:
+        raise UsageError("--output is for one phase: say which with --phase")
+    indexes = {}
+    for name in names:
+        plan = project.plan(name, rehearse=rehearse)
+        folder = Path(output) if output else Path("build") / name
+        bundles = project.bundles(plan, project.chosen(plan, limit))
+        indexes[name] = tree.write(folder, bundles)
+        if not json:
+            files = sum(len(host["files"]) for host in indexes[name].values())
+            print(f"{folder}/: {files} files for {len(bundles)} hosts, and {tree.INDEX}")
+    if json:
+        report.as_json(indexes)
+    return FINE
+
+
+@command(
+    phase=_PHASE,
+    inventory=_INVENTORY,
+    limit=_LIMIT,
+    rehearse=_REHEARSE,
+    detailed_exitcode="2 when changes wait, 0 when none do",
+    json=_JSON,
+)
+def plan(
+    _: Context,
+    phase: str = "",
+    inventory: str = "inventory",
+    limit: str = "",
+    rehearse: bool = False,
+    detailed_exitcode: bool = False,
+    json: bool = False,
+) -> int:
+    """What would change on the hosts, as a diff. Changes nothing."""
+    from inferfleet import report
+    from inferfleet.secrets import Tolerant
+
+    project = _project(inventory)
+    surveyed, failures = _survey(project, phase, limit, rehearse, Tolerant(project.secrets))
+    diffs = [host.diff for host in surveyed]
+    if json:
+        from dataclasses import asdict
+
+        failed = {result.host: result.error for result in failures}
+        report.as_json(
+            {"ok": not failures, "hosts": {d.host: asdict(d) for d in diffs}, "failed": failed}
+        )
+    else:
+        _show_plan(surveyed, failures)
+    for host in surveyed:
+        host.close()
+    if failures:
+        return PROBLEMS
+    return USAGE if detailed_exitcode and any(diffs) else FINE
+
+
+def _survey(
+    project: Project, phase: str, limit: str, rehearse: bool, secrets: Any
+) -> tuple[list[Surveyed], list[Result]]:
+    """Every chosen host asked, in the plan's order, and those that could not be."""
+    import time
+
+    from inferfleet import push
+    from inferfleet.errors import HostError
+
+    plan = project.plan(phase, rehearse=rehearse)
+    bundles = project.bundles(plan, project.chosen(plan, limit), secrets)
+    options, began = project.options(), time.monotonic()
+    surveyed: dict[str, Surveyed] = {}
+    failures = []
+    for bundle, outcome in push.each(bundles, lambda b: push.survey(b, options)):
+        if isinstance(outcome, HostError):
+            failures.append(push.failed(bundle.host.name, outcome, began))
+        else:
+            surveyed[bundle.host.name] = outcome
+    return [surveyed[b.host.name] for b in bundles if b.host.name in surveyed], failures
+
+
+def _show_plan(surveyed: list[Surveyed], failures: list[Result], *, lines: bool = True) -> None:
+    from inferfleet import report
+    from inferfleet.push import changed
+
+    out = report.console()
+    summary = report.plan_summary([host.diff for host in surveyed], len(failures))
+    if not failures and not any(host.diff for host in surveyed):
+        out.print(summary)
+        return
+    for host in surveyed:
+        before = host.before() if lines else None
+        report.show_diff(out, host.diff, changed(host), before)
+    for result in failures:
+        out.print(f"[bold]{result.host}[/]: {report.result_line(result)}")
+    out.print(summary)
+
+
+@command(
+    phase=_PHASE,
+    inventory=_INVENTORY,
+    limit=_LIMIT,
+    rehearse=_REHEARSE,
+    yes="do not ask",
+    json=_JSON + "; needs --yes",
+)
+def provision(
+    _: Context,
+    phase: str = "",
+    inventory: str = "inventory",
+    limit: str = "",
+    rehearse: bool = False,
+    yes: bool = False,
+    json: bool = False,
+) -> int:
+    """Bring the hosts to what the inventory says: shows the plan, asks, pushes, sums up."""
+    from inferfleet import report
+
+    if json and not yes:
+        raise UsageError("--json cannot ask: add --yes")
+    project = _project(inventory)
+    surveyed, results = _survey(project, phase, limit, rehearse, project.secrets)
+    try:
+        if not json:
+            _show_plan(surveyed, results, lines=not yes)
+        if any(host.diff for host in surveyed) and not (yes or _agreed()):
+            print("nothing was changed.")
+            return PROBLEMS
+        results += _push(surveyed, f"provision {phase}", quiet=json)
+    finally:
+        for host in surveyed:
+            host.close()
+    order = {name: index for index, name in enumerate(project.inventory.hosts)}
+    results.sort(key=lambda result: order[result.host])
+    if json:
+        from dataclasses import asdict
+
+        report.as_json({"ok": _all_fine(results), "hosts": {r.host: asdict(r) for r in results}})
+    elif any(result.status != "unchanged" for result in results):
+        report.show_results(report.console(), results)
+    return FINE if _all_fine(results) else PROBLEMS
+
+
+def _all_fine(results: list[Result]) -> bool:
+    return all(result.status != "failed" for result in results)
+
+
+def _agreed() -> bool:
+    if not sys.stdin.isatty():
+        raise UsageError("nobody to ask here: add --yes, or run it on a terminal")
+    return input("Make these changes? [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _push(surveyed: list[Surveyed], reason: str, *, quiet: bool) -> list[Result]:
+    import time
+
+    from inferfleet import push, report
+    from inferfleet.errors import HostError
+
+    began, results = time.monotonic(), []
+    out = report.console(stderr=True)
+    out.quiet = quiet
+    with report.Progress(out, [host.name for host in surveyed if host.diff]) as progress:
+        for host, outcome in push.each(surveyed, lambda h: push.apply(h, reason, progress.event)):
+            if isinstance(outcome, HostError):
+                outcome = push.failed(host.name, outcome, began)
+            results.append(outcome)
+    return results
+
+
+@command(
+    phase=_PHASE,
+    inventory=_INVENTORY,
+    limit=_LIMIT,
+    rehearse=_REHEARSE,
+    junit="where to write the JUnit report (default: build/verify-<phase>.xml)",
+    disruptive="also restart every unit and prove that it comes back; cuts running requests",
+    json=_JSON,
+)
+def verify(
+    _: Context,
+    phase: str = "",
+    inventory: str = "inventory",
+    limit: str = "",
+    rehearse: bool = False,
+    junit: str = "",
+    disruptive: bool = False,
+    json: bool = False,
+) -> int:
+    """Prove that the hosts do what they should: units, ports, keys, real tokens, streams."""
+    from inferfleet import verify as verifying
+
+    project = _project(inventory)
+    plan = project.plan(phase, rehearse=rehearse)
+    hosts = project.chosen(plan, limit)
+    report = Path(junit) if junit else Path("build") / f"verify-{plan.phase.name}.xml"
+    return verifying.run(project, plan, hosts, report, disruptive=disruptive, as_json=json)
+
+
+@command(output="where to write it (default: inventory/schema.json)", inventory=_INVENTORY)
+def schema(_: Context, inventory: str = "inventory", output: str = "") -> int:
+    """Publish the inventory's JSON Schema, with every role's options, for editors."""
+    import json
+
+    from inferfleet.schema import composed
+
+    project = _project(inventory)
+    path = Path(output) if output else project.folder / "schema.json"
+    text = json.dumps(composed(project.library), indent=1) + "\n"
+    path.write_text(text, encoding="utf-8")
+    print(f"{path}: written.")
+    return FINE
+
+
+@command(
+    host="the host, by its inventory name",
+    replace="replace a key that is known already, knowingly",
+    yes="do not ask: the fingerprint was compared by other means",
+    inventory=_INVENTORY,
+)
+def trust(
+    _: Context,
+    host: str,
+    replace: bool = False,
+    yes: bool = False,
+    inventory: str = "inventory",
+) -> int:
+    """Show a host's key fingerprint and record it in inventory/known_hosts."""
+    from inferfleet import transport
+    from inferfleet.yamlbuild import did_you_mean
+
+    project = _project(inventory)
+    hosts = project.inventory.hosts
+    if host not in hosts:
+        raise UsageError(f"there is no host '{host}'{did_you_mean(host, hosts)}")
+    keys = transport.fingerprint(hosts[host], project.options())
+    for key in keys:
+        print(f"{host}: {key.fingerprint} ({key.type})")
+    if not yes:
+        print("Compare with `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` on its console.")
+    if not yes and not _agreed():
+        print("nothing was recorded.")
+        return PROBLEMS
+    path = project.known_hosts
+    known = path.read_text(encoding="utf-8") if path.exists() else ""
+    path.write_text(transport.trust(known, keys, replace=replace), encoding="utf-8")
+    print(f"{path}: {host} is trusted.")
+    return FINE
+
+
+@command(folder="where (default: here)")
+def init(_: Context, folder: str = ".") -> int:
+    """Make a project folder with an inventory to start from."""
+    from inferfleet.start import make
+
+    for path in make(Path(folder)):
+        print(path)
+    print("Edit inventory/hosts.yml, then: inferfleet check")
+    return FINE
+
+
+@command(
+    hosts="how many hosts to boot",
+    down="take the lab down",
+    name="the lab's name, where there are several",
+)
+def lab(_: Context, hosts: int = 3, down: bool = False, name: str = "lab") -> int:
+    """Boot real hosts (systemd, sshd) on this machine to rehearse on, or take them down."""
+    from inferfleet.lab import tasks
+
+    return tasks.down(name) if down else tasks.up(name, hosts)
+
+
+@command(keep="leave the hosts running afterwards")
+def demo(_: Context, keep: bool = False) -> int:
+    """Take a rehearsal from pilot to production on three hosts made for it."""
+    from inferfleet.lab import demo as shown
+
+    return shown.run(keep=keep)
+
+
+namespace = Collection(check, render, plan, provision, verify, schema, trust, init, lab, demo)
+
+
+class _Program(Program):
+    """Invoke's own program, except that wrong usage is exit code 2, as everywhere else."""
+
+    def parse_core(self, argv: list[str] | None) -> None:
+        _as_usage(lambda: super(_Program, self).parse_core(argv))
+
+    def parse_tasks(self) -> None:
+        _as_usage(super().parse_tasks)
+
+
+def _as_usage(parse: Callable[[], None]) -> None:
+    try:
+        parse()
+    except ParseError as error:
+        raise Exit(str(error), code=USAGE) from error
+
+
+def main() -> None:
+    """The `inferfleet` command."""
+    _Program(name="inferfleet", binary="inferfleet", version=__version__, namespace=namespace).run()

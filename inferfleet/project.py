@@ -1,0 +1,85 @@
+"""A project folder: its inventory, roles, secrets and known hosts, and what is chosen of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from inferfleet import inventory as inventories
+from inferfleet import plan as plans
+from inferfleet.errors import UsageError
+from inferfleet.model import Bundle, Host, Inventory, Phase, Plan
+from inferfleet.render import Renderer, Reveal
+from inferfleet.roles import Library
+from inferfleet.secrets import Masked, Secrets
+from inferfleet.transport import Options
+from inferfleet.yamlbuild import did_you_mean
+
+
+@dataclass(frozen=True)
+class Project:
+    """`folder` is the inventory's; roles and templates of one's own stand beside it."""
+
+    folder: Path
+
+    @cached_property
+    def library(self) -> Library:
+        return Library(self.folder.resolve().parent)
+
+    @cached_property
+    def inventory(self) -> Inventory:
+        """The checked inventory. Raises InventoryError with everything that is wrong."""
+        return inventories.load(self.folder, self.library)
+
+    @cached_property
+    def secrets(self) -> Secrets:
+        return Secrets(self.folder)
+
+    @property
+    def known_hosts(self) -> Path:
+        """Host keys that `inferfleet trust` recorded; made to be committed."""
+        return self.folder / "known_hosts"
+
+    def phase(self, name: str | None) -> Phase:
+        """The phase called `name`. Raises UsageError when there is none."""
+        phases = self.inventory.phases
+        known = f"the inventory's phases are {', '.join(phases) or 'none'}"
+        if not name:
+            raise UsageError(f"which phase? Say --phase NAME; {known}")
+        if name not in phases:
+            raise UsageError(f"there is no phase '{name}'{did_you_mean(name, phases)}; {known}")
+        return phases[name]
+
+    def plan(self, name: str | None, *, rehearse: bool = False) -> Plan:
+        return plans.build(self.inventory, self.phase(name), self.library, rehearse=rehearse)
+
+    def chosen(self, plan: Plan, limit: str | None) -> tuple[Host, ...]:
+        """The plan's hosts that `limit` (hosts, groups, globs, commas) leaves; all without one."""
+        if not limit:
+            return plan.hosts
+        patterns = [part.strip() for part in limit.split(",") if part.strip()]
+        found, _ = inventories.select(patterns, self.inventory.hosts, self.inventory.groups)
+        hosts = tuple(host for host in plan.hosts if host.name in found)
+        if not hosts:
+            names = ", ".join(host.name for host in plan.hosts[:8])
+            raise UsageError(f"--limit {limit} leaves no host of phase {plan.phase.name} ({names})")
+        return hosts
+
+    def bundles(
+        self, plan: Plan, hosts: Sequence[Host], secrets: Reveal | None = None
+    ) -> list[Bundle]:
+        """What each host should have; secrets are masked unless they are given."""
+        renderer = Renderer(self.library, secrets or Masked())
+        return [renderer.bundle(plan, host) for host in hosts]
+
+    def options(self) -> Options:
+        """How to reach hosts: one's own SSH settings, and the host keys this project trusts."""
+        return Options(
+            known_hosts=(self.known_hosts, *Options().known_hosts),
+            become_password=self._become_password,
+        )
+
+    def _become_password(self, host: Host) -> str | None:
+        return self.secrets.resolve(host.become_password) if host.become_password else None

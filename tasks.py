@@ -1,0 +1,5 @@
+"""`invoke --list`: the same tasks that `inferfleet` has."""
+
+from inferfleet.cli import namespace as ns
+
+__all__ = ["ns"]
