@@ -206,7 +206,6 @@ def load(name, source):
 """
 
 
-@functools.cache
 _FETCH = """{
 r=${INFERFLEET_ROOT:-}
 cd "$r/"
@@ -240,6 +239,7 @@ def fetched(host: str, lines: Iterable[bytes]) -> dict[str, bytes]:
     raise ApplyError(host, "the connection ended before the host had shown its files")
 
 
+@functools.cache
 def applier_source() -> bytes:
     """The modules of `inferfleet.applier` as one Python source, which runs only as a whole."""
     folder = resources.files("inferfleet.applier")
