@@ -83,9 +83,9 @@ def request_blocks(cut: Layout, length: int, window: int | None, batched: int) -
     """Blocks that one request of `length` tokens takes of the pool.
 
     Full groups: ceil(length / block); sliding ones keep the window and the batch in flight:
-    ceil(min(window - 1 + batched, length) / block) + 1; recurrent ones one. Source: SlidingWindowSpec
-    in vllm/v1/kv_cache_interface.py.
-    """  # fmt: skip
+    ceil(min(window - 1 + batched, length) / block) + 1; recurrent ones one. Source:
+    SlidingWindowSpec in vllm/v1/kv_cache_interface.py.
+    """
     blocks = cut.full * -(-length // cut.block_tokens) + cut.state
     if cut.window and window:
         kept = min(window - 1 + batched, length)

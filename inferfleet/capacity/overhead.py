@@ -44,10 +44,9 @@ def non_torch(rule: Rules, tp: int, peers: str) -> int:
     One GPU 0.07 GiB (logged 0.01 to 0.12); several 0.3 to 0.8 over PCIe (logged 0.25, 0.09) and
     0.5 to 2.0 over NVLink (logged 0.95 with four). Source: "non-torch memory" of published logs.
     """
-    known = _PEERS[peers]
-    size = min((each for each in known if each >= tp), default=8)
+    gib = next((gib for size, gib in _PEERS[peers].items() if size >= tp), 2.0)
     contexts = min(tp, 2) if rule.generation == "V0" else 1
-    return round(known[size] * GIB) + contexts * rule.driver_context
+    return round(gib * GIB) + contexts * rule.driver_context
 
 
 @lru_cache(maxsize=1024)

@@ -249,10 +249,18 @@ def _judge(setup: Setup, memory: Memory, needed: int, margin: int) -> tuple[Verd
         return "does not fit", "less memory is free than the engine asks for at its start"
     spare = memory.pool - needed
     if spare < -margin:
-        reason = "the weights alone are too much" if memory.pool < 0 else "the cache is too small"
-        return "does not fit", f"{reason} for one request of full context"
+        return "does not fit", _why_not(memory)
     if spare < margin:
         return "tight", f"within {margin / GIB:.1f} GiB, the margin of the prediction"
     if memory.budget + memory.graphs_beside > setup.gpu.memory:
         return "tight", "CUDA graphs come on top of the budget and may not find room"
     return "fits", ""
+
+
+def _why_not(memory: Memory) -> str:
+    if memory.weights > memory.budget:
+        return "the weights alone are more than the budget"
+    if memory.pool < 0:
+        larger = "the sampler" if memory.sampler_peak > memory.token_peak else "activations"
+        return f"the weights and {larger} leave nothing for the KV cache"
+    return "the KV cache is too small for one request of full context"

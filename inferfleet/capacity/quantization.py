@@ -28,6 +28,13 @@ class Quantization:
     penalty: float = 0.0  # how much quality it costs, in the units of Recommendation.score
 
 
+def _gguf(name: str, bits: float, *, spread: float, penalty: float) -> Quantization:
+    size = bits / 8
+    return Quantization(
+        name, size, (5, 0), 1.005, spread, size, kind="gguf", penalty=penalty
+    )  # fmt: skip
+
+
 _GROUP_OF_128 = 0.5 + 2.5 / 128  # 4 bit, with a 16 bit scale and a 4 bit zero every 128
 _FORMATS = (
     Quantization("bf16", 2.0, (7, 0)),
@@ -39,12 +46,12 @@ _FORMATS = (
     Quantization("gptq", _GROUP_OF_128, (6, 0), 1.01, 0.015, penalty=0.35),
     Quantization("bnb-4bit", 0.5 + 1 / 64 + 4 / 16384, (7, 0), 1.005, 0.02, penalty=0.45),
     Quantization("nvfp4", 0.5 + 1 / 16, (7, 5), spread=0.015, penalty=0.25),
-    Quantization("mxfp4", 0.5 + 1 / 32, (8, 0), spread=0.03, penalty=0.25),
-    Quantization("q4_k_m", 4.85 / 8, (5, 0), plain=4.85 / 8, spread=0.04, kind="gguf", penalty=0.35),
-    Quantization("q5_k_m", 5.7 / 8, (5, 0), plain=5.7 / 8, spread=0.04, kind="gguf", penalty=0.2),
-    Quantization("q6_k", 6.5625 / 8, (5, 0), plain=6.5625 / 8, spread=0.03, kind="gguf", penalty=0.1),
-    Quantization("q8_0", 8.5 / 8, (5, 0), 1.01, plain=8.5 / 8, spread=0.02, kind="gguf", penalty=0.06),
-    Quantization("f16", 2.0, (5, 0), kind="gguf"),
+    Quantization("mxfp4", 0.5 + 1 / 32, (8, 0), spread=0.01, penalty=0.25),
+    _gguf("q4_k_m", 4.85, spread=0.04, penalty=0.35),
+    _gguf("q5_k_m", 5.7, spread=0.04, penalty=0.2),
+    _gguf("q6_k", 6.5625, spread=0.03, penalty=0.1),
+    _gguf("q8_0", 8.5, spread=0.02, penalty=0.06),
+    _gguf("f16", 16, spread=0.01, penalty=0.0),
 )  # fmt: skip
 _ALIASES = {
     "none": "bf16", "": "bf16", "auto": "bf16", "fp16": "bf16", "float16": "bf16", "half": "bf16",
