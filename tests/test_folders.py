@@ -210,6 +210,19 @@ def test_all_three_pipes_are_busy_at_once(transport: paramiko.Transport) -> None
     assert channel.recv_exit_status() == 0
 
 
+def test_quick_commands_are_answered_before_they_end(transport: paramiko.Transport) -> None:
+    def many(got: list[int]) -> None:
+        got += [execute(transport, f"exit {n}").recv_exit_status() for n in range(50)]
+
+    results: list[list[int]] = [[] for _ in range(4)]
+    threads = [threading.Thread(target=many, args=(got,)) for got in results]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [list(range(50))] * 4
+
+
 def test_a_conversation_goes_back_and_forth(transport: paramiko.Transport) -> None:
     channel = execute(transport, 'while read -r line; do echo "heard $line"; done; echo end')
     for word in (b"one", b"two"):

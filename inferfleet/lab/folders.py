@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 ADDRESS = "127.0.0.1"
+Run = Callable[[paramiko.Channel, bytes, threading.Event], None]
 GRACE = 2.0  # seconds; a process that left its group may keep a pipe open for ever
 BLOCK = 64 * 1024  # bytes moved at a time
 GONE = (OSError, EOFError, paramiko.SSHException)  # how paramiko says that a peer has left
@@ -108,8 +109,9 @@ class FolderHosts:
         host = FolderHost(name, ADDRESS, port, own.fingerprint, folder / "root", line)
         self.hosts[name] = host
 
-        def run(channel: paramiko.Channel, command: bytes) -> None:
-            self._commands.start(channel, command, host.root, self._variables(host))
+        def run(channel: paramiko.Channel, command: bytes, answered: threading.Event) -> None:
+            shell = _Shell(command, host.root, self._variables(host))
+            self._commands.start(channel, shell, answered)
 
         def welcome() -> None:
             connection, _ = listener.accept()
@@ -143,7 +145,8 @@ class FolderHosts:
         """Speak SSH to a client, on a thread of its own."""
         self._connections = [(c, t) for c, t in self._connections if t.is_active()]
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        transport = paramiko.Transport(connection)
+        transport = _Transport(connection)
+        transport.door = door
         transport.set_log_channel(_log.name)
         transport.add_server_key(key)
         transport.start_server(event=threading.Event(), server=door)
@@ -153,8 +156,9 @@ class FolderHosts:
 class _Door(paramiko.ServerInterface):
     """What a client may do: log in with the one key, and run commands. All else is refused."""
 
-    def __init__(self, key: paramiko.PKey, run: Callable[[paramiko.Channel, bytes], None]) -> None:
+    def __init__(self, key: paramiko.PKey, run: Run) -> None:
         self._key, self._run = key, run
+        self.answered = threading.Event()
 
     def get_allowed_auths(self, username: str) -> str:  # noqa: ARG002
         return "publickey"
@@ -169,8 +173,45 @@ class _Door(paramiko.ServerInterface):
     def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
         if b"\0" in command:
             return False
-        self._run(channel, command)
+        self.answered = threading.Event()
+        self._run(channel, command, self.answered)
         return True
+
+
+class _Transport(paramiko.Transport):
+    """One connection, which knows when it has answered a request.
+
+    A quick command could otherwise end, and close its channel, before the client has heard that
+    it began; paramiko offers no later moment than the one in which the answer is decided.
+    """
+
+    door: _Door
+
+    def _send_user_message(self, data: paramiko.Message) -> None:
+        super()._send_user_message(data)  # type: ignore[misc]
+        if threading.current_thread() is self:
+            self.door.answered.set()
+
+
+@dataclass(frozen=True, slots=True)
+class _Shell:
+    """A command of a host, ready to run."""
+
+    command: bytes
+    folder: Path
+    variables: dict[str, str]
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """The process, leading a group of its own."""
+        return subprocess.Popen(
+            ["sh", "-c", self.command],
+            cwd=self.folder,
+            env=self.variables,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
 
 
 class _Commands:
@@ -182,13 +223,10 @@ class _Commands:
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._threads: set[threading.Thread] = set()
 
-    def start(
-        self, channel: paramiko.Channel, command: bytes, folder: Path, variables: dict[str, str]
-    ) -> None:
+    def start(self, channel: paramiko.Channel, shell: _Shell, answered: threading.Event) -> None:
         """Run a command on a thread of its own; its channel carries all it reads and prints."""
-        thread = threading.Thread(
-            target=self._run, args=(channel, command, folder, variables), daemon=True
-        )
+        arguments = (channel, shell, answered)
+        thread = threading.Thread(target=self._run, args=arguments, daemon=True)
         with self._lock:
             self._threads.add(thread)
         thread.start()
@@ -203,11 +241,14 @@ class _Commands:
         for thread in threads:
             thread.join(GRACE)
 
-    def _run(
-        self, channel: paramiko.Channel, command: bytes, folder: Path, variables: dict[str, str]
-    ) -> None:
+    def _run(self, channel: paramiko.Channel, shell: _Shell, answered: threading.Event) -> None:
+        answered.wait(GRACE)  # for ever it would be where the client wanted no answer
         try:
-            status = self._execute(channel, command, folder, variables)
+            process = shell.start()
+            self._watch(process)
+            _join(channel, process)
+            self._forget(process)
+            status = process.wait()
             with suppress(*GONE):
                 channel.send_exit_status(status if status >= 0 else 128 - status)
         finally:
@@ -215,24 +256,6 @@ class _Commands:
                 channel.close()
             with self._lock:
                 self._threads.discard(threading.current_thread())
-
-    def _execute(
-        self, channel: paramiko.Channel, command: bytes, folder: Path, variables: dict[str, str]
-    ) -> int:
-        """The exit status, once all that was printed has been sent; minus a signal's number."""
-        process = subprocess.Popen(
-            ["sh", "-c", command],
-            cwd=folder,
-            env=variables,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        self._watch(process)
-        _join(channel, process)
-        self._forget(process)
-        return process.wait()
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
         with self._lock:
