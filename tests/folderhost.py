@@ -64,7 +64,7 @@ class FolderHost:
 
     @contextmanager
     def session(self) -> Iterator[Session]:
-        command = wire.BOOTSTRAP.replace("sh -c", f"{self.shell} -c", 1)
+        command = wire.BOOTSTRAP.replace("sh -c", f"exec {self.shell} -c", 1)
         pipe = subprocess.PIPE
         with subprocess.Popen(
             command, shell=True, stdin=pipe, stdout=pipe, stderr=pipe, env=self.environment()

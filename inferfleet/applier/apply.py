@@ -35,6 +35,7 @@ class Apply:
         self.transaction = Transaction(disk, self.state, runs)
         self.parts: list[Json] = request["parts"]
         self.files: dict[str, Json] = {f["path"]: f for p in self.parts for f in p["files"]}
+        self.parents = {str(p) for path in self.files for p in Path(path).parents}
         self.changes = self.restarts = 0
 
     def carry_out(self, stream: BinaryIO) -> None:
@@ -109,14 +110,15 @@ class Apply:
         self.disk.write(self.transaction.home / "current.json", json.dumps(new).encode())
         touched = {file["path"]: file for file in changed}
         touched.update((path, old["files"][path]) for path in gone)
-        owed = self.promises(touched)
+        stopped = stops(gone, old["files"])
+        owed = self.promises(touched, stopped)
         if owed:
             self.disk.write(self.transaction.home / "owed", json.dumps(owed).encode())
         temporary = {beside(file["path"]): file for file in changed}
         journal = {
             "directories": missing,
             "moves": {source: file["path"] for source, file in temporary.items()},
-            "stops": stops(gone, old["files"]),
+            "stops": stopped,
             "gone": gone,
             "empty": sorted(set(old["directories"]) - set(new["directories"]), reverse=True),
             "generation": new["generation"],
@@ -134,7 +136,7 @@ class Apply:
         """Whether the file is not as wanted; Failed where none can be put."""
         path = self.disk.at(file["path"])
         content = self.disk.content(path)
-        if content == "directory":
+        if content == "directory" or file["path"] in self.parents:
             raise Failed(f"{file['path']} is a directory; a file is wanted there")
         if content != file["sha256"]:
             return True
@@ -157,7 +159,6 @@ class Apply:
         return sorted(parent for parent in parents if not self.disk.at(parent).exists())
 
     def manifest(self, old: Json, missing: Iterable[str]) -> Json:
-        needed = {str(p) for path in self.files for p in Path(path).parents}
         entry = ("sha256", "mode", "owner", "group", "restarts", "reloads")
         return {
             "generation": old["generation"] + 1,
@@ -170,10 +171,10 @@ class Apply:
                 for part in self.parts
                 for file in part["files"]
             },
-            "directories": sorted(needed & {*old["directories"], *missing}),
+            "directories": sorted(self.parents & {*old["directories"], *missing}),
         }
 
-    def promises(self, touched: dict[str, Json]) -> dict[str, str]:
+    def promises(self, touched: dict[str, Json], stopped: Iterable[str]) -> dict[str, str]:
         """What is owed once the files are in place, together with what was owed before."""
         if not self.runs:
             return {}
@@ -183,6 +184,8 @@ class Apply:
             for unit in file["reloads"]:
                 owed.setdefault(unit, "reload")
             owed.update(dict.fromkeys(file["restarts"], "restart"))
+        for unit in set(stopped).difference(*map(named, self.files.values())):
+            owed.pop(unit, None)
         return owed
 
     def validate(self) -> None:
@@ -212,7 +215,7 @@ class Apply:
 
     def ensure_all(self, part: Json, before: bool) -> None:
         wanted = [e for e in part["ensures"] if e["before"] == before]
-        units = [unit for file in part["files"] for unit in (*file["restarts"], *file["reloads"])]
+        units = [unit for file in part["files"] for unit in named(file)]
         for ensure in wanted if self.runs else ():
             self.changes += ensured(ensure, units)
 
@@ -238,11 +241,16 @@ class Apply:
 
     def left_out(self) -> None:
         """Say what a host that is a folder does not show."""
-        units = {u for f in self.files.values() for u in (*f["restarts"], *f["reloads"])}
+        units = set().union(*map(named, self.files.values()))
         validators = sum(bool(f["validate"]) for f in self.files.values())
         ensures = sum(len(part["ensures"]) for part in self.parts)
         if not self.runs and (units or validators or ensures):
             emit("left_out", validators=validators, ensures=ensures, units=sorted(units))
+
+
+def named(file: Json) -> list[str]:
+    """The units a file restarts or reloads."""
+    return [*file["restarts"], *file["reloads"]]
 
 
 def same(old: Json, new: Json) -> bool:
@@ -260,11 +268,11 @@ def beside(path: str) -> str:
 def stops(gone: Iterable[str], files: dict[str, Json]) -> dict[str, str]:
     """Units to stop, with the unit file each loses; of a template, the units that were named."""
     found = {}
-    named = {u for f in files.values() for u in (*f["restarts"], *f["reloads"])}
+    known: set[str] = set().union(*map(named, files.values()))
     for path in gone:
         directory, _, name = path.rpartition("/")
         stem, at, suffix = name.partition("@.")
-        instances = [u for u in named if u.startswith(stem + "@") and u.endswith("." + suffix)]
+        instances = [u for u in known if u.startswith(stem + "@") and u.endswith("." + suffix)]
         if directory == UNITS and "." in name:
             found.update(dict.fromkeys(sorted(instances) if at else [name], path))
     return found

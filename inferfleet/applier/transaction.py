@@ -36,12 +36,12 @@ class State:
         self.disk.make(self.home.parent)
         self.disk.make(self.home, 0o700)
         fd = os.open(self.home / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        for attempt in range(21):  # a probe holds it for a moment
+        for attempt in range(11):  # a probe holds it for a moment
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if attempt == 20:
+                if attempt == 10:
                     raise Failed(f"locked by {self.holder()}") from None
                 time.sleep(0.05)
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -127,7 +127,8 @@ class Transaction:
         self, journal: Json, files: Iterable[tuple[Path, bytes, int, Sequence[int]]]
     ) -> None:
         """Stage `files` beside their targets; from the end of this on, the next run finishes."""
-        self.disk.write(self.home / "journal", json.dumps(journal).encode())
+        self.disk.write(self.home / "journal.new", json.dumps(journal).encode())
+        self.disk.move(self.home / "journal.new", self.home / "journal")
         self.disk.sync(self.home)
         for directory in journal["directories"]:
             self.disk.make(self.disk.at(directory))
