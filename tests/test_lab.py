@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import labkit
 import pytest
 from labkit import lab_fixture, require_lab, take_down_remains
 
@@ -274,19 +276,24 @@ def test_a_stopped_host_can_be_booted_and_one_that_is_on_cannot(alpha):
 
 def remains(name: str) -> list[str]:
     """Everything of a lab that can be found on this machine without asking the lab."""
-    words = [f"inferfleet/lab/{name}/", f"inferfleet-{name}"]
-    listings = [Path("/proc/self/mountinfo").read_text(), *map(str, Path("/run/netns").glob("*"))]
-    listings += map(str, machine.cgroup_root().glob("inferfleet-*"))
-    listings += [str(p) for p in hosts.BASE.glob("*")]
-    listings += [p.read_text() for p in Path("/sys/class/net").glob("*/ifalias")]
-    listings += [p.read_text().replace("\0", " ") for p in commands()]
-    return [text for text in listings if any(f"{word}" in f"{text}/" for word in words)]
+    listings = [Path("/proc/self/mountinfo").read_text()]
+    for pattern in ("/run/netns/*", f"{hosts.BASE}/*", f"{machine.cgroup_root()}/inferfleet-*"):
+        listings += glob.glob(pattern)
+    listings += [read(path) for path in glob.glob("/sys/class/net/*/ifalias")]
+    listings += [read(path) for path in glob.glob("/proc/[0-9]*/cmdline") if not is_ours(path)]
+    words = (f"inferfleet/lab/{name}/", f"inferfleet-{name}")
+    return [text for text in listings if any(word in f"{text}/" for word in words)]
 
 
-def commands() -> list[Path]:
-    own = {os.getpid(), os.getppid()}
-    paths = (p / "cmdline" for p in Path("/proc").iterdir() if p.name.isdigit())
-    return [p for p in paths if int(p.parent.name) not in own and p.exists()]
+def read(path: str) -> str:
+    try:
+        return Path(path).read_text(errors="replace").replace("\0", " ").strip()
+    except OSError:  # a process or an interface that is gone by now
+        return ""
+
+
+def is_ours(path: str) -> bool:
+    return path.split("/")[2] in map(str, (os.getpid(), os.getppid()))
 
 
 def python(code: str, **options) -> subprocess.CompletedProcess[str]:
@@ -371,12 +378,14 @@ def test_a_lab_that_is_not_there_is_named():
     with pytest.raises(Error, match="no lab named nowhere is running"):
         labs.Lab.open("nowhere")
     assert labs.take_down("nowhere") is False
+    with pytest.raises(Error, match="not a host name"):  # it would be deleted
+        labs.take_down("../../../tmp")
 
 
 @pytest.mark.parametrize("names", [["Alpha"], ["a/b"], ["-a"], [""], ["x" * 31], ["a", "a"]])
 def test_names_that_cannot_be_host_names_are_refused(names):
     with pytest.raises(Error, match="host name"):
-        hosts.check_names(["lab", *names])
+        hosts.check_names("lab", names)
 
 
 def test_reasons_name_what_is_missing(monkeypatch):
@@ -390,6 +399,17 @@ def test_reasons_name_what_is_missing(monkeypatch):
             labs.install_requirements(print)
     else:
         assert reasons == ["the lab needs Linux"]
+
+
+def test_a_lab_that_cannot_run_is_skipped_unless_it_was_promised(monkeypatch):
+    monkeypatch.setattr(labkit, "REASONS", ["the lab needs root"])
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.delenv("INFERFLEET_REQUIRE_LAB", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="the lab needs root"):
+        require_lab()
+    monkeypatch.setenv("INFERFLEET_REQUIRE_LAB", "1")
+    with pytest.raises(pytest.fail.Exception, match="the lab needs root"):
+        require_lab()
 
 
 DEB822 = """\

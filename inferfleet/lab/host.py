@@ -231,14 +231,13 @@ class LabHost:
     def make(self, lower: Path, etc_hosts: str, login: str) -> None:
         """Make its disk, its keys and its network; `login` is the public key to let in."""
         self.folder.mkdir(parents=True)
-        environment = {
-            **os.environ,
-            "FOLDER": str(self.folder),
-            "LOWER": str(lower),
+        wanted = {
+            "FOLDER": f"{self.folder}",
+            "LOWER": f"{lower}",
             "DISK": self.disk,
             "NAME": self.name,
         }
-        machine.command("sh", "-c", MAKE, env=environment)
+        machine.command("sh", "-c", MAKE, env={**os.environ, **wanted})
         (self.root / "etc/hosts").write_text(etc_hosts)
         (self.root / "etc/hostname").write_text(f"{self.name}\n")
         for user in rootfs.USERS:

@@ -63,7 +63,7 @@ class Lab:
         """
         if reasons := machine.requirements():
             raise Error("; ".join(reasons))
-        check_names([name, *names])
+        check_names(name, names)
         take_down(name)
         lower = rootfs.tree(say)
         lab = cls._claim(name, tuple(names), disk, tuple(binds))
@@ -79,6 +79,7 @@ class Lab:
     @classmethod
     def open(cls, name: str = "lab") -> Lab:
         """The running lab `name`. Raises NoLabError when there is none."""
+        check_names(name)
         try:
             state = json.loads((BASE / name / "lab.json").read_text())
         except FileNotFoundError:
@@ -223,11 +224,11 @@ def _claimed() -> set[int]:
     return claims
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Raise Error for a name that cannot be a host name, or too many of them."""
-    if wrong := [name for name in names if not NAME.fullmatch(name)]:
+def check_names(lab: str, names: Sequence[str] = ()) -> None:
+    """Raise Error for a name that can be no host's and no folder's, or too many of them."""
+    if wrong := [name for name in (lab, *names) if not NAME.fullmatch(name)]:
         raise Error(f"not a host name: {', '.join(wrong)} (a-z, 0-9 and -, at most 30 characters)")
-    if len(set(names[1:])) < len(names[1:]) or len(names) - 1 > network.MOST:
+    if len(set(names)) < len(names) or len(names) > network.MOST:
         raise Error(f"host names must differ, and be {network.MOST} at most")
 
 
