@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import signal
 import socket
@@ -278,11 +277,15 @@ def remains(name: str) -> list[str]:
     """Everything of a lab that can be found on this machine without asking the lab."""
     listings = [Path("/proc/self/mountinfo").read_text()]
     for pattern in ("/run/netns/*", f"{hosts.BASE}/*", f"{machine.cgroup_root()}/inferfleet-*"):
-        listings += glob.glob(pattern)
-    listings += [read(path) for path in glob.glob("/sys/class/net/*/ifalias")]
-    listings += [read(path) for path in glob.glob("/proc/[0-9]*/cmdline") if not is_ours(path)]
+        listings += paths(pattern)
+    listings += map(read, paths("/sys/class/net/*/ifalias"))
+    listings += [read(path) for path in paths("/proc/[0-9]*/cmdline") if not is_ours(path)]
     words = (f"inferfleet/lab/{name}/", f"inferfleet-{name}")
     return [text for text in listings if any(word in f"{text}/" for word in words)]
+
+
+def paths(pattern: str) -> list[str]:
+    return [str(path) for path in Path("/").glob(pattern.lstrip("/"))]
 
 
 def read(path: str) -> str:
