@@ -264,9 +264,9 @@ def test_tokens_arrive_as_they_are_made(start: Callable[..., Simulator]) -> None
     begun = time.monotonic()
     with simulator.open("POST", CHAT, chat("hi", stream=True, max_tokens=10)) as response:
         times = [time.monotonic() - begun for _ in events(response)]
-    assert times[0] < 0.2, "the first event waited for others"
-    assert 0.38 < times[-1] < 0.8
-    assert max(b - a for a, b in itertools.pairwise(times)) < 0.15
+    assert times[0] < times[-1] / 2, "the first event waited for others"
+    assert 0.38 < times[-1] < 2
+    assert max(b - a for a, b in itertools.pairwise(times)) < 0.2
 
 
 def test_the_official_client_understands_it(fast: Simulator) -> None:

@@ -54,10 +54,13 @@ KEEP_ALIVE = 5.0  # seconds an idle connection stays open, vLLM's default
 HEAD_LIMIT, BODY_LIMIT = 64 * 1024, 32 * 1024 * 1024  # bytes
 KV_SEQUENCES = 16  # as many sequences of full length the imagined KV cache holds
 GUARDED = ("/v1", "/v2", "/inference", "/cohere")
+INFERENCE = ("POST /v1/chat/completions", "POST /v1/completions", "POST /invocations")
 TOKEN = re.compile(r"\s?\S{1,6}|\s")
 FAULT = re.compile(
     r"hang|reset|(slow-first-token|hang-after|cut-after)=\d+(\.\d+)?|status=[45]\d\d"
 )
+FIRST, BETWEEN = "time_to_first_token_seconds", "inter_token_latency_seconds"
+WHOLE = "e2e_request_latency_seconds"
 BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
 
 
@@ -138,9 +141,7 @@ class Metrics:
         self.model, self.kv_size = model, max_model_len * KV_SEQUENCES
         self.running = self.waiting = self.kv_held = self.prompted = self.generated = 0
         self.finished = {"stop": 0, "length": 0, "abort": 0}
-        names = ("time_to_first_token", "inter_token_latency", "e2e_request_latency")
-        self.first, self.between, self.whole = (Histogram() for _ in names)
-        self.histograms = dict(zip(names, (self.first, self.between, self.whole)))  # noqa: B905
+        self.seconds = {name: Histogram() for name in (FIRST, BETWEEN, WHOLE)}
 
     def lines(self) -> Iterator[str]:
         """The exposition of `GET /metrics`, line by line."""
@@ -158,9 +159,9 @@ class Metrics:
         yield "# TYPE vllm:request_success_total counter"
         for reason, count in self.finished.items():
             yield f'vllm:request_success_total{{{labels},finished_reason="{reason}"}} {count}'
-        for name, histogram in self.histograms.items():
-            yield f"# TYPE vllm:{name}_seconds histogram"
-            yield from histogram.lines(f"vllm:{name}_seconds", labels)
+        for name, histogram in self.seconds.items():
+            yield f"# TYPE vllm:{name} histogram"
+            yield from histogram.lines(f"vllm:{name}", labels)
         cache = f'block_size="16",num_gpu_blocks="{self.kv_size // 16}"'
         cache += f',kv_cache_size_tokens="{self.kv_size}",kv_cache_max_concurrency="{KV_SEQUENCES}"'
         yield f'# TYPE vllm:cache_config_info gauge\nvllm:cache_config_info{{engine="0",{cache}}} 1'
@@ -546,7 +547,7 @@ class Engine:
                 await client.pause(due - time.monotonic())
                 await self.suffer(client, fault, index)
                 now = time.monotonic()
-                (metrics.between if index else metrics.first).observe(now - last)
+                metrics.seconds[BETWEEN if index else FIRST].observe(now - last)
                 last = now
                 metrics.generated += 1
                 await emit(index, token)
@@ -556,7 +557,7 @@ class Engine:
             metrics.running -= 1
             metrics.kv_held -= job.asked + len(job.tokens)
             metrics.finished[reason] += 1
-            metrics.whole.observe(time.monotonic() - begun)
+            metrics.seconds[WHOLE].observe(time.monotonic() - begun)
 
     async def suffer(self, client: Client, fault: Fault, index: int) -> None:
         """What a fault does before the token number `index`."""
@@ -579,9 +580,6 @@ class Engine:
                 await asyncio.wait(list(self.clients.values()), timeout=patience)
             for task in self.clients.values():
                 task.cancel()
-
-
-INFERENCE = ("POST /v1/chat/completions", "POST /v1/completions", "POST /invocations")
 
 
 async def nothing(_index: int, _token: str) -> None:
@@ -612,8 +610,11 @@ def main() -> int:
     parser.add_argument("--max-num-seqs", type=int, default=256, help="the others wait")
     parser.add_argument("--token-rate", type=float, default=50.0, help="per second and request")
     parser.add_argument("--shutdown-timeout", type=float, default=0.0, help="seconds")
+    options = parser.parse_args()
+    if options.token_rate <= 0:
+        parser.error("--token-rate must be above 0")
     try:
-        asyncio.run(serve(parser.parse_args()))
+        asyncio.run(serve(options))
     except OSError as error:
         print(f"simulator: {error.strerror or error}", file=sys.stderr)
         return 1
