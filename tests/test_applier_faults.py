@@ -31,92 +31,107 @@ NEW = bundle(
 REFUSED = bundle(Ensure("refused", "false", "false", before=True))
 
 
-def fresh(folder) -> FolderHost:
-    folder.mkdir()
-    host = FolderHost(folder / "root", folder / "fake")
+@pytest.fixture
+def old(tmp_path) -> FolderHost:
+    host = FolderHost(tmp_path / "old/root", tmp_path / "old/fake")
     (host.fake / "known/nginx.service").touch()
     host.apply(OLD)
     host.calls()
     return host
 
 
-def blobs_of(*bundles) -> set[str]:
-    return {f"blobs/{a.digest}" for wanted in bundles for a in wanted.artefacts}
+def copy(host: FolderHost, name: object) -> FolderHost:
+    folder = host.root.parent.with_name(str(name))
+    shutil.copytree(host.root.parent, folder, symlinks=True)
+    return FolderHost(folder / "root", folder / "fake")
 
 
-def left_by(host: FolderHost) -> list[str]:
-    return [str(p) for p in host.root.rglob("*") if ".inferfleet-" in p.name or ".part" in p.name]
+@pytest.fixture
+def trees(old):
+    """The tree before and after a run that nothing disturbs."""
+    undisturbed = copy(old, "undisturbed")
+    undisturbed.apply(NEW)
+    return old.tree(), undisturbed.tree()
 
 
-def killed_at(folder, step: int, old, new) -> bool:
-    """Kill a run before one step, look, recover, look, run again, look; False past its end."""
-    host = fresh(folder)
-    if not host.crash(NEW, step):
-        return False
+def every_step(crash) -> int:
+    """Call `crash(step)` for 1, 2, ..., two at a time, until it says there is no such step."""
+    with ThreadPoolExecutor(2) as pool:
+        for start in range(1, 200, 4):
+            reached = list(pool.map(crash, range(start, start + 4)))
+            if not all(reached):
+                assert reached == sorted(reached, reverse=True)
+                return start + sum(reached) - 1
+    raise AssertionError("it never ends")
+
+
+def assert_old_or_new(host: FolderHost, trees) -> None:
+    """Each file is, whatever else was under way."""
     for path, (mode, content) in host.tree().items():
-        if "inferfleet-" not in path and content:
-            assert (mode, content) in (old.get(path), new.get(path)), (step, path)
+        if ".inferfleet-" not in path and content:
+            assert (mode, content) in [tree.get(path) for tree in trees], path
 
+
+def assert_recovers(host: FolderHost, trees) -> None:
+    """All is old or all is new once any later run was there, and what is new is owed or paid."""
     interrupted = host.snapshot(NEW).interrupted
     assert host.failure(REFUSED).startswith("refused")
-    tree = host.tree()
-    assert tree in (old, new), step
-    assert left_by(host) == []
-    if tree == new:
-        assert host.snapshot(NEW).owed == ("daemon-reload", "a.service", "nginx.service") or (
-            not interrupted
-        ), step
+    assert host.tree() in trees
+    assert not [p for p in host.root.rglob("*") if ".inferfleet-" in p.name or ".part" in p.name]
+    if interrupted and host.tree() == trees[1]:
+        assert host.snapshot(NEW).owed == ("daemon-reload", "a.service", "nginx.service")
 
+
+def assert_completes(host: FolderHost, trees) -> None:
+    """The next run leaves all new, all paid, and nothing over."""
     host.apply(NEW)
-    assert host.tree() == new, step
+    assert host.tree() == trees[1]
+    seen = host.snapshot(NEW)
+    assert (seen.owed, seen.interrupted, seen.generation) == ((), False, 2)
     calls = host.calls()
-    for call in ("restart a.service", "reload-or-restart nginx.service", "daemon-reload"):
-        assert call in calls, (step, calls)
-    assert "disable --now gone.service" in calls, (step, calls)
-    assert calls.index("daemon-reload") < len(calls) - 1 - calls[::-1].index("restart a.service")
-    assert host.snapshot(NEW).owed == ()
-    expected = {"lock", "current.json", "blobs", "generations"} | blobs_of(OLD, NEW)
-    assert host.remembered() - {"generations/1.json", "generations/2.json"} == expected, step
-    assert host.apply(NEW)[-1] == {"event": "done", "changes": 0, "restarts": 0}
-    shutil.rmtree(folder)
-    return True
+    assert "disable --now gone.service" in calls
+    last = {call: number for number, call in enumerate(calls)}
+    assert last["daemon-reload"] < last["restart a.service"]
+    assert "reload-or-restart nginx.service" in last
+    blobs = {f"blobs/{a.digest}" for wanted in (OLD, NEW) for a in wanted.artefacts}
+    generations = {"generations/1.json", "generations/2.json"}
+    names = {"lock", "current.json", "blobs", "generations"}
+    assert host.remembered() == names | blobs | generations
 
 
-def test_killed_before_every_step_in_turn(tmp_path):
-    host = fresh(tmp_path / "whole")
-    old = host.tree()
-    host.apply(NEW)
-    new = host.tree()
-    assert "etc/a/only-old" not in new
+def test_killed_before_every_step_in_turn(old, trees):
+    def killed(step):
+        host = copy(old, step)
+        if not host.crash(NEW, step):
+            return False
+        assert_old_or_new(host, trees)
+        assert_recovers(host, trees)
+        assert_completes(host, trees)
+        return True
+
+    assert every_step(killed) > 45
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_killed_again_while_it_recovers(old, trees, committed):
+    crashed = copy(old, "crashed")
+    for step in range(1, 100):  # the last step before the commit, or the first after it
+        before, crashed = crashed, copy(old, f"crashed-{step}")
+        assert crashed.crash(NEW, step)
+        if "transaction/commit" in crashed.remembered():
+            break
+    crashed = crashed if committed else before
 
     def killed(step):
-        return killed_at(tmp_path / str(step), step, old, new)
+        host = copy(crashed, step)
+        if not host.crash(REFUSED, step):
+            return False
+        assert_old_or_new(host, trees)
+        assert host.failure(REFUSED).startswith("refused")
+        assert host.tree() == trees[committed]
+        return True
 
-    with ThreadPoolExecutor(4) as pool:
-        reached = list(pool.map(killed, range(1, 100)))
-    steps = reached.index(False)
-    assert steps > 40
-    assert not any(reached[steps:])
-
-
-def test_killed_while_it_recovers(tmp_path):
-    host = fresh(tmp_path / "whole")
-    host.apply(NEW)
-    new = host.tree()
-
-    def killed(step):
-        host = fresh(tmp_path / str(step))
-        crashes = 0
-        # past every commit, so that each recovery has less left to do, or starts anew
-        while host.crash(NEW, step):
-            crashes += 1
-            assert crashes < 100
-            step += 1
-        assert host.tree() == new
-        assert left_by(host) == []
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(killed, range(30, 60, 7)))
+    assert every_step(killed) > 10
 
 
 @pytest.fixture

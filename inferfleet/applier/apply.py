@@ -221,13 +221,13 @@ class Apply:
 
     def activate(self) -> None:
         """Pay what is owed: what no part names, then part by part, each with its ensures."""
-        named = [
+        orders = [
             [u for key in ("restarts", "reloads") for file in p["files"] for u in file[key]]
             for p in self.parts
         ]
         owed = self.state.owed()
-        self.pay([unit for unit in owed if all(unit not in units for units in named)])
-        for part, units in zip(self.parts, named):  # noqa: B905
+        self.pay([unit for unit in owed if all(unit not in units for units in orders)])
+        for part, units in zip(self.parts, orders):  # noqa: B905
             self.pay(units)
             self.ensure_all(part, before=False)
 
