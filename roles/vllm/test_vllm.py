@@ -1,0 +1,3 @@
+"""vLLM proves what every engine has to."""
+
+from inferfleet.verify.proofs import *  # noqa: F403
