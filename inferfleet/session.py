@@ -193,9 +193,9 @@ class Piped:
 
     def _admission(self) -> None:
         """Hold input back until sudo, if it may ask for a password, runs the command."""
-        if self._sudo is None or not self._sudo.asks:
+        if self._sudo is None:
             return
-        if not self._sudo.decided.wait(SUDO_PATIENCE):
+        if self._sudo.asks and not self._sudo.decided.wait(SUDO_PATIENCE):
             raise TransportError(self._host, f"sudo did not answer within {SUDO_PATIENCE:g} s")
         if self._sudo.refusal:
             raise self._failure("")

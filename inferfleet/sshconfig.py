@@ -90,29 +90,30 @@ def _hop(text: str) -> Host:
 
 def _settings(host: Host, options: Options) -> dict[str, str | list[str]]:
     """ssh_config for a host's address, then what it says for the host's inventory name alone."""
-    config = _config(options.ssh_config.expanduser())
+    config = _config(options.ssh_config.expanduser(), host)
     found: dict[str, str | list[str]] = {**config.lookup(host.address)}
     if host.name != host.address:
         general = config.lookup("")
         named = config.lookup(host.name)
-        for key in named.keys() - {"hostname"}:
+        for key in named.keys() - {"hostname", "proxycommand"}:
             if found.get(key) == general.get(key):
                 found[key] = named[key]
     return found
 
 
-def _config(path: Path) -> paramiko.SSHConfig:
-    try:
-        stamp = path.stat().st_mtime_ns
-    except OSError:
-        return paramiko.SSHConfig()
+def _config(path: Path, host: Host) -> paramiko.SSHConfig:
+    """ssh_config below the inventory's own values, which win as whatever comes first does."""
+    head = [f"Port {host.port}"] if host.port else []
+    head += [f"User {host.user}"] if host.user else []
+    stamp = path.stat().st_mtime_ns if path.exists() else 0
     with _LOCK:
-        return _parse(path, stamp)
+        return _parse(path, stamp, "\n".join(head))
 
 
-@lru_cache(maxsize=8)
-def _parse(path: Path, _stamp: int) -> paramiko.SSHConfig:
-    return paramiko.SSHConfig.from_text("\n".join(_included(path, 0)))
+@lru_cache(maxsize=64)
+def _parse(path: Path, stamp: int, head: str) -> paramiko.SSHConfig:
+    lines = _included(path, 0) if stamp else ()
+    return paramiko.SSHConfig.from_text("\n".join([head, *lines]))
 
 
 def _included(path: Path, depth: int) -> Iterator[str]:
@@ -141,25 +142,29 @@ def _endpoint(
         return str(settings.get(key) or default)
 
     address = one("hostname", host.address)
-    port = host.port or int(one("port", "22"))
+    port = int(one("port", "22"))
+    user = one("user") or getpass.getuser()
     key = [host.key] if host.key else list(settings.get("identityfile", []))
     alias = one("hostkeyalias")
     name = alias.lower() or hostkeys.known_name(address, port)
     entries = hostkeys.find(_known_hosts(one("userknownhostsfile"), options), name)
     remedy = f"inferfleet trust {goal.name}" if host is goal else f"ssh {host.address}"
     certificate = one("certificatefile")
+    proxy = one("proxycommand")
+    if proxy and not all(re.fullmatch(r"[\w.:%@+][\w.:%@+-]*", word) for word in (address, user)):
+        raise ValueError(f"{user}@{address} has characters that a ProxyCommand must not see")
     return Endpoint(
         host=goal.name,
         title="" if host is goal else f"jump host {host.address}: ",
         address=address,
         port=port,
-        user=host.user or one("user") or getpass.getuser(),
+        user=user,
         timeout=float(one("connecttimeout", str(options.connect_timeout))),
         identities=_paths(*(key or DEFAULT_IDENTITIES)),
         certificates=_paths(certificate) if certificate else (),
         named=bool(key),
         only=bool(host.key) or one("identitiesonly").lower() == "yes",
-        proxy=one("proxycommand"),
+        proxy=proxy,
         expected=hostkeys.Expected(alias or address, name, entries, host.host_keys, remedy),
     )
 

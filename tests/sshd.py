@@ -6,6 +6,7 @@ import getpass
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -76,6 +77,11 @@ class Sshd:
         """Process ids of the logged-in sessions, children first."""
         return [pid for child in children(self.process.pid) for pid in [*children(child), child]]
 
+    def cut(self) -> None:
+        """Kill the logged-in sessions: their connections end without a word."""
+        for pid in self.sessions():
+            os.kill(pid, signal.SIGKILL)
+
     def stop(self) -> None:
         self.process.kill()
         self.process.wait()
@@ -106,6 +112,7 @@ def start(
         "LogLevel VERBOSE",
         "PidFile none",
         "PrintMotd no",
+        f"SetEnv HOME={folder} PATH={folder}/bin:/usr/bin:/bin",  # no profile of the developer's
     ]
     config = folder / f"sshd_config-{address}-{port}"
     config.write_text("\n".join(lines) + "\n")
