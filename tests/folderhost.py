@@ -19,10 +19,11 @@ STATE = "var/lib/inferfleet"
 
 # It knows the units that lie below the root, logs what it is asked, and fails where told to.
 SYSTEMCTL = """#!/bin/sh
-[ "$1" = cat ] || echo "$*" >>"$FAKE/calls"
+case $1 in cat|reset-failed|is-active) ;; *) echo "$*" >>"$FAKE/calls";; esac
 for word; do unit=$word; done
 case $1 in
   cat) [ -e "$INFERFLEET_ROOT/etc/systemd/system/$unit" ] || [ -e "$FAKE/known/$unit" ];;
+  is-active) [ -e "$FAKE/active/$3" ];;
   restart|reload-or-restart|disable) if [ -e "$FAKE/broken/$unit" ]; then
     echo "Job for $unit failed."; exit 1; fi;;
 esac
@@ -48,7 +49,7 @@ class FolderHost:
 
     def __post_init__(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
-        for name in ("known", "broken", "bin"):
+        for name in ("known", "broken", "active", "bin"):
             (self.fake / name).mkdir(parents=True, exist_ok=True)
         for name, script in (("systemctl", SYSTEMCTL), ("journalctl", JOURNALCTL)):
             (self.fake / "bin" / name).write_text(script)

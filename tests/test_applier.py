@@ -102,7 +102,6 @@ def test_what_is_no_longer_wanted_goes_with_its_unit_and_folders(host):
     assert names(events) == ["unit", "unit", "remove", "remove", "remove"] + ["unit"] * 4 + ["done"]
     assert host.calls() == [
         "disable --now a.service",
-        "reset-failed a.service",
         "daemon-reload",
         "reload-or-restart nginx.service",
     ]
@@ -153,6 +152,21 @@ def test_roles_are_activated_in_order_and_units_once(host):
         "restart x.service",
         "x answers",
     ]
+
+
+def test_a_unit_that_cannot_be_stopped_is_stopped_by_a_later_run(host):
+    host.apply(bundle(UNIT, CONFIG))
+    for state in ("broken", "active"):
+        (host.fake / state / "a.service").touch()
+    message = host.failure(bundle())
+    assert message.startswith("a.service cannot be stopped (exit status 1)")
+    assert message.endswith("Job for a.service failed.")
+    assert host.snapshot(bundle()).interrupted
+    assert "etc/systemd/system/a.service" in host.tree()
+
+    (host.fake / "active/a.service").unlink()
+    assert host.apply(bundle())[-1]["event"] == "done"
+    assert host.tree() == {}
 
 
 def test_a_failing_unit_stays_owed_and_shows_its_journal(host):

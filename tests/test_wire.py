@@ -12,7 +12,7 @@ from folderhost import FolderHost, bundle
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from inferfleet import wire
+from inferfleet import probe, wire
 from inferfleet.errors import ApplyError
 from inferfleet.model import Artefact, Ensure, FileState, Snapshot
 
@@ -171,8 +171,8 @@ def test_a_host_without_python_or_with_an_old_one_is_refused(host):
 GOOD = [b"path 81a4\troot\troot\t./etc/a", b"python /usr/bin/python3.11"]
 
 
-def said(*lines: bytes, end: bytes = wire.END.encode()) -> list[bytes]:
-    return [b"Welcome!", wire.END.encode(), wire.MARK.encode(), *lines, end]
+def said(*lines: bytes, end: bytes = probe.END.encode()) -> list[bytes]:
+    return [b"Welcome!", probe.END.encode(), probe.MARK.encode(), *lines, end]
 
 
 def test_noise_is_tolerated_before_the_first_mark_only():

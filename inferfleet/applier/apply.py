@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     Json = dict[str, Any]
 
 UNITS = "/etc/systemd/system"
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+UNTOUCHED = "no file was changed"
+LATER = "the next run goes on from there"
 
 
 class Apply:
@@ -37,22 +40,26 @@ class Apply:
         self.files: dict[str, Json] = {f["path"]: f for p in self.parts for f in p["files"]}
         self.parents = {str(p) for path in self.files for p in Path(path).parents}
         self.changes = self.restarts = 0
+        self.outlook = UNTOUCHED
 
     def carry_out(self, stream: BinaryIO) -> None:
         """All of it; Failed or OSError when a step fails. Up to the commit, all is then undone."""
         self.state.lock(self.request["owner"], self.request["reason"])
         # before anything of ours (a package, a recovery) may change these files
         self.check_expected()
+        self.outlook = LATER
         self.transaction.recover()
+        self.outlook = UNTOUCHED
         try:
             self.store(stream)
             for part in self.parts:
                 self.ensure_all(part, before=True)
             staged = self.stage()
-        except (Failed, OSError) as error:
+        except (Failed, OSError):
             self.transaction.undo()
             self.state.sweep()
-            raise Failed(explained(error, "no file was changed")) from error
+            raise
+        self.outlook = LATER
         if staged:
             self.transaction.finish()
         else:
@@ -289,9 +296,7 @@ def explained(error: Failed | OSError, outlook: str) -> str:
 def main() -> int:
     os.umask(0o022)  # what ensures make is not ours alone to read
     signal.signal(signal.SIGHUP, lambda *_: None)  # the client may go; a handler ends at exec
-    os.environ["PATH"] = (
-        os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin"
-    )
+    os.environ["PATH"] = ":".join(filter(None, (os.environ.get("PATH"), PATH)))
     root = os.environ.get("INFERFLEET_ROOT", "").rstrip("/")
     disk = Disk(root, int(os.environ.get("INFERFLEET_CRASH_AT", "0")))
     request = json.loads(sys.stdin.buffer.readline())
@@ -299,7 +304,7 @@ def main() -> int:
     try:
         apply.carry_out(sys.stdin.buffer)
     except (Failed, OSError) as error:
-        emit("failed", message=explained(error, "the next run goes on from there"))
+        emit("failed", message=explained(error, apply.outlook))
         return 1
     apply.left_out()
     emit("done", changes=apply.changes, restarts=apply.restarts)

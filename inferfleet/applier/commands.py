@@ -82,17 +82,20 @@ def check(argv: Sequence[str], staged: Path) -> None:
         status = status or bool(ours.search(printed))
     if status:
         said = printed.replace(str(staged), staged.name)
-        raise Failed(f"{staged.name} is not valid, says {argv[0]}:\n{tail(said)}")
+        late = f" ({outcome(status, CHECK_SECONDS)})" if status == 124 else ""
+        raise Failed(f"{staged.name} is not valid, says {argv[0]}{late}:\n{tail(said)}")
 
 
 def stop(unit: str) -> None:
+    """Stop and disable a unit whose file goes; a broken one that does not run is let go."""
     emit("unit", unit=unit, verb="stop", state="running")
     status, printed = run(["systemctl", "disable", "--now", unit], UNIT_SECONDS)
-    emit("unit", unit=unit, verb="stop", state="failed" if status else "ok")
-    if status:
+    stays = status and not run(["systemctl", "is-active", "-q", unit], TEST_SECONDS)[0]
+    emit("unit", unit=unit, verb="stop", state="failed" if stays else "ok")
+    if stays:
         why = outcome(status, UNIT_SECONDS)
         raise Failed(f"{unit} cannot be stopped ({why}); the next run goes on:\n{tail(printed)}")
-    run(["systemctl", "reset-failed", unit], UNIT_SECONDS)  # or it is listed as failed for ever
+    run(["systemctl", "reset-failed", unit], TEST_SECONDS)  # or it is listed as failed for ever
 
 
 def act(unit: str, verb: str) -> bool:
@@ -103,6 +106,7 @@ def act(unit: str, verb: str) -> bool:
         if run(["systemctl", "cat", unit], TEST_SECONDS)[0]:
             emit("unit", unit=unit, verb=verb, state="gone")
             return False
+        run(["systemctl", "reset-failed", unit], TEST_SECONDS)  # former crashes don't count
     emit("unit", unit=unit, verb=verb, state="running")
     status, printed = run(argv, UNIT_SECONDS)
     emit("unit", unit=unit, verb=verb, state="failed" if status else "ok")
@@ -121,7 +125,7 @@ def journal(units: Sequence[str]) -> str:
 
 
 def ensured(ensure: Json, units: Sequence[str]) -> bool:
-    """Make an ensure's test pass; False when it does already. Failed shows what `units` wrote."""
+    """Make an ensure's test pass; whether that changed anything. Failed shows the units' log."""
     title, seconds = ensure["title"], ensure["timeout"]
     if test(ensure, TEST_SECONDS)[0] == 0:
         return False
@@ -132,7 +136,7 @@ def ensured(ensure: Json, units: Sequence[str]) -> bool:
         why = f"{title}: {outcome(status, seconds)}"
         logs = "" if ensure["run"] else journal(units)
         raise Failed("\n".join(part for part in (why, tail(printed), logs) if part))
-    return True
+    return bool(ensure["run"])
 
 
 def test(ensure: Json, seconds: float) -> tuple[int, str]:
