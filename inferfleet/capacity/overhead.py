@@ -44,9 +44,9 @@ def non_torch(rule: Rules, tp: int, peers: str) -> int:
     One GPU 0.07 GiB (logged 0.01 to 0.12); several 0.3 to 0.8 over PCIe (logged 0.25, 0.09) and
     0.5 to 2.0 over NVLink (logged 0.95 with four). Source: "non-torch memory" of published logs.
     """
-    gib = next((gib for size, gib in _PEERS[peers].items() if size >= tp), 2.0)
+    gib: float = next((gib for size, gib in _PEERS[peers].items() if size >= tp), 2.0)
     contexts = min(tp, 2) if rule.generation == "V0" else 1
-    return round(gib * GIB) + contexts * rule.driver_context
+    return int(gib * GIB) + contexts * rule.driver_context
 
 
 @lru_cache(maxsize=1024)
@@ -59,7 +59,8 @@ def captured_sizes(sequences: int, modes: int) -> int:
     sizes = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
     largest = min(2 * sequences, 512)
     pieces = sum(size <= largest for size in sizes)
-    return pieces + (sum(size <= min(sequences, largest) for size in sizes) if modes > 1 else 0)
+    full = sum(size <= min(sequences, largest) for size in sizes)
+    return pieces if modes == 1 else pieces + full
 
 
 def graphs(shard: Shard, rule: Rules, sequences: int) -> int:

@@ -8,6 +8,7 @@ from itertools import combinations
 from typing import Any
 
 from inferfleet.capacity.dimensions import CapacityError
+from inferfleet.capacity.gpus import GpuSpec
 from inferfleet.capacity.predict import Prediction, Setup, predict
 from inferfleet.capacity.quantization import quantization
 
@@ -16,7 +17,6 @@ FEWEST_SEQUENCES = 8
 FEWEST_TOKENS = 512
 SHORTEST_CONTEXT = 2048
 _STEP = 1024  # tokens a shortened context is rounded down to
-_SMALLER_WEIGHTS = ("fp8", "nvfp4", "awq")
 _FP8_CACHE = (8, 9)  # compute capability with fp8 arithmetic
 _Change = tuple[dict[str, Any], dict[str, Any]]  # fields of a setup, the engine's options
 
@@ -49,6 +49,12 @@ def remedies(setup: Setup, gpus_available: int = 1) -> tuple[Remedy, ...]:
 def smallest_change(setup: Setup, gpus_available: int = 1) -> Remedy | None:
     """The least costly remedy, or None."""
     return next(iter(remedies(setup, gpus_available)), None)
+
+
+def smaller_weights(gpu: GpuSpec) -> tuple[str, ...]:
+    """Weight formats to try instead of 16 bit, the least loss first; NVFP4 where it is native."""
+    names = ("fp8", "nvfp4", "awq") if gpu.capability >= (10, 0) else ("fp8", "awq")
+    return tuple(name for name in names if gpu.supports(quantization(name)))
 
 
 def _try(setup: Setup) -> Prediction | None:
@@ -152,9 +158,9 @@ def _parallel(setup: Setup, available: int) -> Remedy | None:
 
 def _weights(setup: Setup) -> Remedy | None:
     now = quantization(setup.quantization or setup.model.native)
-    for name in _SMALLER_WEIGHTS:
+    for name in smaller_weights(setup.gpu):
         smaller = quantization(name)
-        if smaller.linear >= now.linear or not setup.gpu.supports(smaller):
+        if smaller.linear >= now.linear:
             continue
         fields = {"quantization": name, "measured_weights": None}
         if remedy := _remedy(setup, fields, {"quantization": name}, f"use {name} weights"):
@@ -201,8 +207,8 @@ def _changes(setup: Setup, available: int) -> list[_Change]:
     if setup.gpu.capability >= _FP8_CACHE:
         found.append(({"kv_dtype": "fp8"}, {"kv-cache-dtype": "fp8"}))
     now = quantization(setup.quantization or setup.model.native).linear
-    for name in _SMALLER_WEIGHTS:
-        if quantization(name).linear < now and setup.gpu.supports(quantization(name)):
+    for name in smaller_weights(setup.gpu):
+        if quantization(name).linear < now:
             found.append(({"quantization": name, "measured_weights": None}, {"quantization": name}))
     tp = setup.tensor_parallel * 2
     while tp * setup.pipeline_parallel <= available:

@@ -1,0 +1,77 @@
+"""Place instances on the GPUs of a fleet: packed, spread for availability, stable over changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from inferfleet.capacity.dimensions import CapacityError
+from inferfleet.capacity.packing import Fleet
+from inferfleet.capacity.spots import Layout, Request, Site, Spot, cost
+
+__all__ = ["Layout", "Request", "Site", "Spot", "cost", "place"]
+
+
+_SMALL = 400  # instances x sites up to which every single move is also tried with its consequences
+
+
+def place(
+    sites: Sequence[Site], requests: Sequence[Request], before: Iterable[Spot] = ()
+) -> Layout:
+    """Place every request's instances, keeping those of `before` that still have their GPUs.
+
+    What ran before and larger instances first, each where it costs least (see `cost`), ties broken
+    by a hash of the names, so that adding or removing a host moves nothing else; then, when
+    something found no place, instances no larger make room; then single moves as long as they
+    save, in a small fleet also those that pay only once others follow. Raises CapacityError for a
+    request of no GPUs, names given twice, and sites that do not exist.
+    """
+    _check(sites, requests)
+    ran = tuple(before)
+    order = sorted(requests, key=lambda each: (-each.gpus, len(each.sites) or 1 << 30, each.name))
+    fleet = Fleet(sites, requests, ran)
+    fleet.keep(ran)
+    best = _settle(fleet, order)
+    if len(sites) * sum(request.instances for request in requests) > _SMALL:
+        return best
+    while (better := _follow(best, sites, order, ran)) is not None:
+        best = better
+    return best
+
+
+def _settle(fleet: Fleet, order: Sequence[Request]) -> Layout:
+    """Fill up what a fleet holds and lower its cost."""
+    for lost_only in (True, False):
+        for request in order:
+            fleet.fill(request, lost_only=lost_only)
+    for request in order:
+        fleet.make_room(request)
+    fleet.improve()
+    return fleet.layout()
+
+
+def _follow(
+    layout: Layout, sites: Sequence[Site], order: Sequence[Request], ran: Sequence[Spot]
+) -> Layout | None:
+    """The first placement that costs less after one instance was moved and all others answered."""
+    lowest = cost(layout, sites, order, ran)
+    for spot in layout.spots:
+        for site in sites:
+            fleet = Fleet(sites, order, ran)
+            fleet.keep(layout.spots)
+            if site.name == spot.site or not fleet.force(spot, site.name):
+                continue
+            found = _settle(fleet, order)
+            if cost(found, sites, order, ran) < lowest - 1e-9:
+                return found
+    return None
+
+
+def _check(sites: Sequence[Site], requests: Sequence[Request]) -> None:
+    names = {site.name for site in sites}
+    if len(names) < len(sites) or len({each.name for each in requests}) < len(requests):
+        raise CapacityError("sites and requests must have names of their own")
+    for request in requests:
+        if request.gpus < 1 or request.instances < 0:
+            raise CapacityError(f"{request.name}: an instance takes at least one GPU")
+        if missing := request.sites - names:
+            raise CapacityError(f"{request.name}: unknown site {min(missing)}")
