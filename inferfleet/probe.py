@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import stat
@@ -172,3 +173,36 @@ def _holder(text: str) -> str:
         return "{owner} since {time} ({reason})".format(**json.loads(text))
     except (ValueError, KeyError, TypeError):  # it is just being written
         return "another run"
+
+
+_FETCH = """{
+r=${INFERFLEET_ROOT:-}
+cd "$r/"
+for p in %s; do
+  printf 'content %%s\\n' "$p"
+  base64 -w 0 -- "$p" 2>/dev/null
+  echo
+done
+echo '%s'
+}
+"""
+
+
+def fetch(paths: Iterable[str]) -> bytes:
+    """Asks for the contents of files, so that a diff can be shown; `fetched` reads the answer."""
+    quoted = sh(*("." + path for path in paths))
+    return framed("sh", (_FETCH % (quoted, END)).encode("utf-8", "surrogateescape"))
+
+
+def fetched(host: str, lines: Iterable[bytes]) -> dict[str, bytes]:
+    """Contents by path; empty for what could not be read. Raises ApplyError when cut short."""
+    contents: dict[str, bytes] = {}
+    path = ""
+    for line in lines:
+        if line == END.encode():
+            return contents
+        if line.startswith(b"content ."):
+            path = line.removeprefix(b"content .").decode("utf-8", "surrogateescape")
+        else:
+            contents[path] = base64.b64decode(line)
+    raise ApplyError(host, "the connection ended before the host had shown its files")

@@ -18,9 +18,18 @@ from typing import Any
 
 from inferfleet.errors import ApplyError
 from inferfleet.model import Artefact, Bundle, Ensure, FileState, Snapshot, sh
-from inferfleet.probe import answer, framed, question
+from inferfleet.probe import answer, fetch, fetched, framed, question
 
-__all__ = ["BOOTSTRAP", "answer", "applier_source", "events", "question", "request"]
+__all__ = [
+    "BOOTSTRAP",
+    "answer",
+    "applier_source",
+    "events",
+    "fetch",
+    "fetched",
+    "question",
+    "request",
+]
 
 OLDEST_PYTHON = (3, 8)
 
@@ -43,39 +52,6 @@ def load(name, source):
     module = sys.modules[name] = types.ModuleType(name)
     exec(compile(source, name, "exec"), module.__dict__)
 """
-
-
-_FETCH = """{
-r=${INFERFLEET_ROOT:-}
-cd "$r/"
-for p in %s; do
-  printf 'content %%s\\n' "$p"
-  base64 -w 0 -- "$p" 2>/dev/null
-  echo
-done
-echo '%s'
-}
-"""
-
-
-def fetch(paths: Iterable[str]) -> bytes:
-    """Asks for the contents of files, so that a diff can be shown; `fetched` reads the answer."""
-    quoted = sh(*("." + path for path in paths))
-    return framed("sh", (_FETCH % (quoted, END)).encode("utf-8", "surrogateescape"))
-
-
-def fetched(host: str, lines: Iterable[bytes]) -> dict[str, bytes]:
-    """Contents by path; empty for what could not be read. Raises ApplyError when cut short."""
-    contents: dict[str, bytes] = {}
-    path = ""
-    for line in lines:
-        if line == END.encode():
-            return contents
-        if line.startswith(b"content ."):
-            path = line.removeprefix(b"content .").decode("utf-8", "surrogateescape")
-        else:
-            contents[path] = base64.b64decode(line)
-    raise ApplyError(host, "the connection ended before the host had shown its files")
 
 
 @functools.cache
