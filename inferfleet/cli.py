@@ -12,7 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from invoke import Collection, Context, Exit, ParseError, Program, task
+from invoke.collection import Collection
+from invoke.context import Context
+from invoke.exceptions import Exit, ParseError
+from invoke.program import Program
+from invoke.tasks import task
 
 from inferfleet import __version__
 from inferfleet.errors import Error, InventoryError, UsageError
@@ -382,9 +386,9 @@ def init(_: Context, folder: str = ".") -> int:
 )
 def lab(_: Context, hosts: int = 3, down: bool = False, name: str = "lab") -> int:
     """Boot real hosts (systemd, sshd) on this machine to rehearse on, or take them down."""
-    from inferfleet.lab import tasks
+    from inferfleet.lab import rehearsal
 
-    return tasks.down(name) if down else tasks.up(name, hosts)
+    return rehearsal.down(name) if down else rehearsal.up(name, hosts)
 
 
 @command(keep="leave the hosts running afterwards")

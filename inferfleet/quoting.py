@@ -99,6 +99,12 @@ def bearer(value: object) -> Quoted:
     return Quoted(value)
 
 
+def nginx_bearer(value: object) -> Quoted:
+    """The source of a map entry that matches one key; as a plain string, case would not count."""
+    key = bearer(value)
+    return Quoted(f'"~^Bearer {key if isinstance(value, Mask) else re.escape(key)}$"')
+
+
 def nginx(value: object) -> Quoted:
     """A quoted string of nginx's configuration, which knows no way to escape a `$`."""
     text = str(value)
@@ -133,6 +139,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "unit_text": unit_text,
     "environment_file": environment_file,
     "bearer": bearer,
+    "nginx_bearer": nginx_bearer,
     "nginx": nginx,
     "json": json_value,
     "yaml": yaml_scalar,

@@ -71,7 +71,14 @@ def _arguments(
     junit.parent.mkdir(parents=True, exist_ok=True)
     return [
         *("-c", str(configuration), "--rootdir", str(empty)),
-        *("-p", "no:testinfra", "-p", "no:cacheprovider", "-p", "inferfleet.verify.plugin"),
+        *(
+            "-p",
+            "no:pytest11.testinfra",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "inferfleet.verify.plugin",
+        ),
         *("--import-mode", "importlib", "--tb", "short"),
         *("-n", str(min(WORKERS, len(hosts))), "--dist", "loadgroup"),
         *("--junit-xml", str(junit), "-o", "junit_family=xunit1"),

@@ -46,6 +46,11 @@ class Outcome:
             sign = "proved" if proof.passed else "FAILED"
             self.progress.say(proof.host, f"{sign}: {proof.proves}")
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            why = str(report.longrepr)[-2000:]
+            self.proofs.append(Proof("", f"{report.nodeid} can be read", False, 0, why))
+
     def pytest_sessionstart(self) -> None:
         self.progress.__enter__()
 
@@ -54,6 +59,9 @@ class Outcome:
 
     def report(self, junit: Path, *, as_json: bool) -> int:
         """Print all of it; 0 when everything was proved, 1 otherwise."""
+        for host in self.hosts:
+            if not any(proof.host == host for proof in self.proofs):
+                self.proofs.append(Proof(host, "something runs here", False, 0, "nothing to prove"))
         failed = [proof for proof in self.proofs if not proof.passed]
         if as_json:
             found: dict[str, Any] = {"ok": not failed, "junit": str(junit)}
@@ -62,15 +70,17 @@ class Outcome:
             self._print()
             print(f"{len(self.proofs)} proofs on {len(self.hosts)} hosts, {len(failed)} failed.")
             print(f"JUnit report: {junit}")
-        return 1 if failed or not self.proofs else 0
+        return 1 if failed else 0
 
     def _print(self) -> None:
         out = report.console()
-        for host in self.hosts:
+        for host in [*self.hosts, ""]:
             own = [proof for proof in self.proofs if proof.host == host]
+            if not own:
+                continue
             bad = sum(not proof.passed for proof in own)
             verdict = f"[bold red]{bad} failed[/]" if bad else "[green]proved[/]"
-            out.print(f"[bold]{host}[/]: {verdict} ({len(own)})")
+            out.print(f"[bold]{host or 'tests'}[/]: {verdict} ({len(own)})")
             for proof in own:
                 sign = "[green]✓[/]" if proof.passed else "[red]✗[/]"
                 out.print(f"  {sign} {escape(proof.proves)} [dim]({proof.seconds:.1f} s)[/]")

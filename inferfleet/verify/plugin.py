@@ -74,6 +74,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "disruptive: cuts running requests")
     project = Project(Path(config.getoption("--fleet-inventory")))
     plan = project.plan(
         config.getoption("--fleet-phase"), rehearse=config.getoption("--fleet-rehearse")
@@ -95,7 +96,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pairs = [(step, instance) for step in steps for instance in step.instances]
         ids = [f"{step.host.name}-{instance.name}" for step, instance in pairs]
         metafunc.parametrize(("step", "instance"), pairs, ids=ids, scope="session")
-    elif "step" in metafunc.fixturenames or "host" in metafunc.fixturenames:
+    else:
         ids = [step.host.name for step in steps]
         metafunc.parametrize("step", steps, ids=ids, scope="session")
 
@@ -138,6 +139,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 def plan(request: pytest.FixtureRequest) -> Plan:
     """The whole phase."""
     return request.config.stash[_STATE].plan
+
+
+@pytest.fixture(autouse=True)
+def _somewhere(step: Step) -> Step:
+    """Every test runs on some host, also one that only asks for an instance."""
+    return step
 
 
 @pytest.fixture
