@@ -180,7 +180,7 @@ r=${INFERFLEET_ROOT:-}
 cd "$r/"
 for p in %s; do
   printf 'content %%s\\n' "$p"
-  base64 -w 0 -- "$p" 2>/dev/null
+  if [ -f "$p" ] && [ ! -L "$p" ]; then base64 -w 0 -- "$p" 2>/dev/null; fi
   echo
 done
 echo '%s'
@@ -189,13 +189,13 @@ echo '%s'
 
 
 def fetch(paths: Iterable[str]) -> bytes:
-    """Asks for the contents of files, so that a diff can be shown; `fetched` reads the answer."""
+    """Ask for the contents of files, so that a diff can be shown; `fetched` reads the answer."""
     quoted = sh(*("." + path for path in paths))
     return framed("sh", (_FETCH % (quoted, END)).encode("utf-8", "surrogateescape"))
 
 
 def fetched(host: str, lines: Iterable[bytes]) -> dict[str, bytes]:
-    """Contents by path; empty for what could not be read. Raises ApplyError when cut short."""
+    """Contents by path; empty for what is no file. Raises ApplyError when cut short."""
     contents: dict[str, bytes] = {}
     path = ""
     for line in lines:

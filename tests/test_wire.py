@@ -136,6 +136,21 @@ def test_a_probe_changes_nothing_and_can_be_asked_again(host):
     assert not (host.root / "var").exists()
 
 
+def test_contents_are_fetched_of_files_alone(host):
+    lay(host, "/etc/it's $1", bytes(range(256)))
+    lay(host, "/etc/empty")
+    os.mkfifo(host.root / "etc/pipe")
+    (host.root / "etc/link").symlink_to(host.root / "etc/it's $1")
+    paths = [f"/etc/{name}" for name in ("it's $1", "empty", "pipe", "link", "no")]
+    with host.session() as session:
+        session.ask(bundle())
+        session.send(wire.fetch(paths))
+        contents = wire.fetched("gpu-1", session.lines)
+    assert contents == {**dict.fromkeys(paths, b""), paths[0]: bytes(range(256))}
+    with pytest.raises(ApplyError, match=r"^gpu-1: the connection ended"):
+        wire.fetched("gpu-1", [b"content ./etc/a"])
+
+
 def test_half_a_probe_is_not_run(host):
     question = wire.question(bundle(Ensure("leaves a mark", f"touch {host.root}/mark", "true")))
     with host.session() as session:
