@@ -213,7 +213,10 @@ class ChannelPipe:
             raise BrokenPipeError(str(error)) from None
 
     def end(self) -> None:
-        self._channel.shutdown_write()
+        try:
+            self._channel.shutdown_write()
+        except (paramiko.SSHException, EOFError) as error:
+            raise BrokenPipeError(str(error)) from None
 
     def read(self) -> bytes:
         return self._channel.recv(CHUNK)

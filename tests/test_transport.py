@@ -19,10 +19,10 @@ import pytest
 import sshd
 from sshd import Field, Sshd, auth_attempts, keygen, until
 
-from inferfleet.errors import TransportError
+from inferfleet.errors import Error, TransportError
 from inferfleet.hostkeys import KnownHosts
 from inferfleet.model import Host, Secret
-from inferfleet.transport import Options, connect, fingerprint, trust
+from inferfleet.transport import HostKey, Options, connect, fingerprint, trust
 
 pytestmark = pytest.mark.skipif(not sshd.AVAILABLE, reason=sshd.MISSING)
 PASSWORD = "correct horse"
@@ -776,3 +776,27 @@ def test_a_large_known_hosts_is_read_quickly() -> None:
     known = KnownHosts(text)
     assert len(list(known.find("host-9999.example.com"))) == 1
     assert time.perf_counter() - started < 0.5
+
+
+def entry(name: str, key: str = KEY) -> HostKey:
+    return HostKey("ssh-ed25519", "SHA256:unused", f"{name} ssh-ed25519 {key}")
+
+
+def test_trust_adds_once_and_keeps_the_rest() -> None:
+    text = f"# mine\nother ssh-ed25519 {OTHER}"
+    once = trust(text, [entry("gpu-01")])
+    assert once == f"{text}\ngpu-01 ssh-ed25519 {KEY}\n"
+    assert trust(once, [entry("gpu-01")]) == once
+    assert trust(once, [entry("gpu-01")], replace=True) == once
+
+
+def test_trust_replaces_only_when_told(tmp_path: Path) -> None:
+    hashed = tmp_path / "known"
+    hashed.write_text(f"gpu-01 ssh-ed25519 {OTHER}\n")
+    subprocess.run(["ssh-keygen", "-q", "-H", "-f", str(hashed)], check=True, capture_output=True)
+    kept = f"*.example.com ssh-ed25519 {OTHER}\n@revoked gpu-01 ssh-ed25519 {OTHER}\n"
+    old = f"GPU-01,192.0.2.1 ssh-ed25519 {OTHER} comment\n{kept}{hashed.read_text()}"
+    with pytest.raises(Error, match="another host key is recorded for gpu-01"):
+        trust(old, [entry("gpu-01")])
+    new = f"192.0.2.1 ssh-ed25519 {OTHER} comment\n{kept}gpu-01 ssh-ed25519 {KEY}\n"
+    assert trust(old, [entry("gpu-01")], replace=True) == new
