@@ -58,8 +58,8 @@ def captured_sizes(sequences: int, modes: int) -> int:
     """
     sizes = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
     largest = min(2 * sequences, 512)
-    pieces = sum(size <= largest for size in sizes)
-    full = sum(size <= min(sequences, largest) for size in sizes)
+    pieces = len([size for size in sizes if size <= largest])
+    full = len([size for size in sizes if size <= min(sequences, largest)])
     return pieces if modes == 1 else pieces + full
 
 
