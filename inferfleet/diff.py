@@ -66,8 +66,9 @@ def _details(wanted: Artefact, state: FileState) -> Iterator[str]:
 def _removals(bundle: Bundle, snapshot: Snapshot) -> Iterator[Change]:
     wanted = {artefact.path for artefact in bundle.artefacts}
     for path in sorted(set(snapshot.owned) - wanted):
-        stopped = (path.removeprefix(UNITS),) if path.startswith(UNITS) else ()
-        yield Change("remove", path, units=stopped)
+        name = path.removeprefix(UNITS)
+        is_unit = path.startswith(UNITS) and "/" not in name and "@." not in name
+        yield Change("remove", path, units=(name,) if is_unit else ())
 
 
 def _units(changed: Iterable[Artefact]) -> tuple[tuple[str, ...], tuple[str, ...]]:

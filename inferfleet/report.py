@@ -74,22 +74,31 @@ def headline(found: Diff) -> str:
     return ", ".join(f"{count} {word}" for word, count in counts.items())
 
 
+def counted(count: int, what: str) -> str:
+    """`1 host`, `2 hosts`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def plan_summary(diffs: Sequence[Diff], failures: int) -> str:
-    """The last line of a plan."""
+    """The last line of a plan, and the only one when nothing waits."""
     waiting = [found for found in diffs if found]
     if not waiting and not failures:
-        return f"No changes: all {len(diffs)} hosts are as the inventory says."
-    restarts = sum(len(found.restarts) for found in waiting)
-    said = f"{len(waiting)} of {len(diffs) + failures} hosts would change, {restarts} restarts"
+        return _nothing(len(diffs))
+    restarts = counted(sum(len(found.restarts) for found in waiting), "restart")
+    said = f"{len(waiting)} of {counted(len(diffs) + failures, 'host')} would change, {restarts}"
     return f"{said}, {failures} not reached." if failures else f"{said}."
 
 
+def _nothing(hosts: int) -> str:
+    return f"No changes: {counted(hosts, 'host')} as the inventory says."
+
+
 def result_line(result: Result) -> str:
-    """One host, one line."""
+    """One host, one line, after its name."""
     style = _STATUS[result.status]
     said = f"[{style}]{result.status:<9}[/]"
     if result.status == "changed":
-        said += f" {result.changes} changes, {result.restarts} restarts"
+        said += f" {counted(result.changes, 'change')}, {counted(result.restarts, 'restart')}"
     if result.error:
         said += f" {escape(result.error)}"
     return f"{said} [dim]({result.seconds:.1f} s)[/]"
@@ -97,20 +106,12 @@ def result_line(result: Result) -> str:
 
 def show_results(out: Console, results: Sequence[Result]) -> None:
     """A line per host, then the sum."""
-    table = Table.grid(padding=(0, 2))
+    width = max(len(result.host) for result in results)
     for result in results:
-        table.add_row(result.host, result_line(result))
-    if not any(result.status != "unchanged" for result in results):
-        out.print(f"No changes: all {len(results)} hosts are as the inventory says.")
-    out.print(table)
-    out.print(results_summary(results))
-
-
-def results_summary(results: Sequence[Result]) -> str:
-    """The last line of a push."""
+        out.print(f"{result.host:<{width}}  {result_line(result)}")
     counts = {status: sum(r.status == status for r in results) for status in _STATUS}
     said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    return f"{len(results)} hosts: {said}."
+    out.print(f"{counted(len(results), 'host')}: {said}.")
 
 
 class Progress:
@@ -132,13 +133,16 @@ class Progress:
 
     def event(self, host: str, event: dict[str, Any]) -> None:
         """Show what a host does now; see `wire.events`."""
-        said = _event_words(event)
-        if not said:
-            return
+        if said := _event_words(event):
+            worth = event["event"] in ("ensure", "unit", "recovered")
+            self.say(host, said, worth_a_line=worth and event.get("state") != "ok")
+
+    def say(self, host: str, said: str, *, worth_a_line: bool = True) -> None:
+        """Show what a host is at; only what is worth a line goes to a file or pipe."""
         self.lines[host] = said
         if self.out.is_terminal:
             self.live.update(self._table(), refresh=True)
-        elif event["event"] in ("ensure", "unit", "recovered") and event.get("state") != "ok":
+        elif worth_a_line:
             self.out.print(f"{host}: {escape(said)}")
 
     def _table(self) -> Table:
@@ -153,7 +157,8 @@ def _event_words(event: dict[str, Any]) -> str:
     if kind == "ensure":
         return f"{event['title']}{'' if state == 'ok' else f' ({state})'}"
     if kind == "unit":
-        return f"{event['verb']} {event['unit']}{'' if state == 'ok' else f' ({state})'}"
+        what = event["verb"] if event["unit"] == "systemd" else f"{event['verb']} {event['unit']}"
+        return f"{what}{'' if state == 'ok' else f' ({state})'}"
     words = {
         "recovered": f"{event.get('how')} a run that was cut short",
         "check": "checking the staged files",

@@ -102,7 +102,7 @@ def _make_certificate(folder: Path, addresses: Sequence[str]) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "llm.example.com")])
     now = datetime.datetime.now(datetime.UTC)
-    known = [x509.DNSName("llm.example.com"), x509.DNSName("localhost")]
+    known: list[x509.GeneralName] = [x509.DNSName("llm.example.com"), x509.DNSName("localhost")]
     known += [x509.IPAddress(ipaddress.ip_address(a)) for a in sorted(set(addresses))]
     certificate = (
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())

@@ -68,7 +68,8 @@ class Outcome:
             report.as_json(found | {"proofs": [asdict(proof) for proof in self.proofs]})
         else:
             self._print()
-            print(f"{len(self.proofs)} proofs on {len(self.hosts)} hosts, {len(failed)} failed.")
+            proofs, hosts = len(self.proofs), report.counted(len(self.hosts), "host")
+            print(f"{proofs} proofs on {hosts}, {len(failed)} failed.")
             print(f"JUnit report: {junit}")
         return 1 if failed else 0
 
@@ -81,7 +82,7 @@ class Outcome:
             bad = sum(not proof.passed for proof in own)
             verdict = f"[bold red]{bad} failed[/]" if bad else "[green]proved[/]"
             out.print(f"[bold]{host or 'tests'}[/]: {verdict} ({len(own)})")
-            for proof in own:
+            for proof in sorted(own, key=lambda proof: proof.proves):
                 sign = "[green]✓[/]" if proof.passed else "[red]✗[/]"
                 out.print(f"  {sign} {escape(proof.proves)} [dim]({proof.seconds:.1f} s)[/]")
                 if not proof.passed:
