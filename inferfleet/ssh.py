@@ -154,9 +154,9 @@ def _keep_alive(transport: paramiko.Transport, interval: float) -> None:
 
 def _close(transport: paramiko.Transport) -> None:
     """Close a connection, and leave no thread behind."""
-    transport.packetizer.complete_handshake()  # stops paramiko's timer
     transport.close()
     transport.join(2)
+    transport.packetizer.complete_handshake()  # stops the timer it may just have started
 
 
 class SSH(Base):

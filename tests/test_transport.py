@@ -38,8 +38,7 @@ def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def _nothing_left() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
-    left = set(threading.enumerate()) - before
-    assert not left, f"threads left: {left}"
+    until(lambda: not set(threading.enumerate()) - before, "no thread is left", timeout=2)
 
 
 @pytest.fixture
