@@ -176,7 +176,7 @@ def test_sending_to_a_command_that_is_gone(place: tuple[Host, Options]) -> None:
     with connect(*place) as transport, transport.start("echo broken >&2; exit 1") as session:
         assert session.wait(5) == 1
         with pytest.raises(TransportError, match=r"gpu-01: the command ended .*\nbroken"):
-            session.send(bytes(1_000_000))
+            session.send(bytes(5_000_000))  # more than any window
 
 
 def test_several_commands_at_once(place: tuple[Host, Options]) -> None:
