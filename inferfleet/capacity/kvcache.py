@@ -111,3 +111,11 @@ def pool_tokens(
     if cut.counts_groups == "requests" and cut.groups > 1:
         return int(concurrency * length), concurrency
     return blocks // cut.groups * cut.block_tokens, concurrency
+
+
+def pool_of(tokens: int, cut: Layout, length: int, window: int | None, batched: int) -> int:
+    """Bytes of the pool that an engine reports as so many KV tokens; undoes `pool_tokens`."""
+    if cut.counts_groups == "requests" and cut.groups > 1:
+        blocks = tokens / length * request_blocks(cut, length, window, batched)
+        return round(blocks * cut.block_bytes)
+    return tokens // cut.block_tokens * cut.groups * cut.block_bytes

@@ -11,7 +11,7 @@ from inferfleet.capacity.spots import Layout, Request, Site, Spot, cost
 __all__ = ["Layout", "Request", "Site", "Spot", "cost", "place"]
 
 
-_SMALL = 400  # instances x sites up to which every single move is also tried with its consequences
+_SMALL = 120  # instances x sites up to which every single move is also tried with its consequences
 
 
 def place(

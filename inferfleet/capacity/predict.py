@@ -85,6 +85,7 @@ class Prediction:
     context: int
     sequences: int
     batched_tokens: int
+    cache: kvcache.Layout
     kv_token_bytes: int
     kv_tokens: int
     kv_tokens_range: tuple[int, int]
@@ -121,8 +122,21 @@ def predict(setup: Setup) -> Prediction:
     verdict, reason = _judge(setup, expected, needed, margin)
     return Prediction(
         setup, verdict, reason, expected, worst, best, context, sequences, batched,
-        cut.token_bytes, tokens, (low, high), concurrency, needed, margin, rough,
+        cut, cut.token_bytes, tokens, (low, high), concurrency, needed, margin, rough,
     )  # fmt: skip
+
+
+def correction(prediction: Prediction, kv_tokens: int) -> int:
+    """What a running engine teaches: bytes to give as `Setup.correction` next time on its host.
+
+    kv_tokens is what it reports (vllm:cache_config_info); the result is what it took besides
+    weights and cache beyond the prediction, negative if less. Raises CapacityError below 1.
+    """
+    if kv_tokens < 1:
+        raise CapacityError(f"an engine that runs has KV tokens, not {kv_tokens}")
+    window, batched = prediction.setup.model.window, prediction.batched_tokens
+    pool = kvcache.pool_of(kv_tokens, prediction.cache, prediction.context, window, batched)
+    return prediction.setup.correction + prediction.expected.pool - pool
 
 
 @lru_cache(maxsize=8192)
