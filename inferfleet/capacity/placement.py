@@ -11,7 +11,7 @@ from inferfleet.capacity.spots import Layout, Request, Site, Spot, cost
 __all__ = ["Layout", "Request", "Site", "Spot", "cost", "place"]
 
 
-_SMALL = 120  # instances x sites up to which every single move is also tried with its consequences
+_SMALL = 400  # instances x sites up to which every single move is also tried with its consequences
 
 
 def place(
@@ -54,16 +54,35 @@ def _follow(
 ) -> Layout | None:
     """The first placement that costs less after one instance was moved and all others answered."""
     lowest = cost(layout, sites, order, ran)
-    for spot in layout.spots:
-        for site in sites:
+    alike = _alike(layout, sites, order)
+    for spot in {(each.request, alike[each.site]): each for each in layout.spots}.values():
+        for site in {alike[each.name]: each.name for each in sites}.values():
             fleet = Fleet(sites, order, ran)
             fleet.keep(layout.spots)
-            if site.name == spot.site or not fleet.force(spot, site.name):
+            if site == spot.site or not fleet.force(spot, site):
                 continue
             found = _settle(fleet, order)
             if cost(found, sites, order, ran) < lowest - 1e-9:
                 return found
     return None
+
+
+def _alike(
+    layout: Layout, sites: Sequence[Site], order: Sequence[Request]
+) -> dict[str, tuple[object, ...]]:
+    """What tells a site from others for the purpose of moving: shape, kind, guests, wishes."""
+    guests: dict[str, list[tuple[str, tuple[int, ...]]]] = {site.name: [] for site in sites}
+    for spot in layout.spots:
+        guests[spot.site].append((spot.request, spot.gpus))
+    return {
+        site.name: (
+            site.kind,
+            tuple(map(len, site.islands)),
+            tuple(sorted(guests[site.name])),
+            tuple(site.name in request.sites for request in order),
+        )
+        for site in sites
+    }
 
 
 def _check(sites: Sequence[Site], requests: Sequence[Request]) -> None:
