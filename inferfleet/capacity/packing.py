@@ -127,7 +127,8 @@ class Fleet:
         request, host = self.requests[spot.request], self.hosts[site]
         if host not in self.allowed(request) or host.site.gpus < request.gpus:
             return False
-        self.remove(self.hosts[spot.site], spot)
+        if spot.site:
+            self.remove(self.hosts[spot.site], spot)
         for other in sorted(host.spots, key=lambda each: len(each.gpus)):
             if host.price(request) is not None:
                 break

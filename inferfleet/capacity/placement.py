@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from inferfleet.capacity.dimensions import CapacityError
 from inferfleet.capacity.packing import Fleet
@@ -55,7 +55,8 @@ def _follow(
     """The first placement that costs less after one instance was moved and all others answered."""
     lowest = cost(layout, sites, order, ran)
     alike = _alike(layout, sites, order)
-    for spot in {(each.request, alike[each.site]): each for each in layout.spots}.values():
+    placed = {(each.request, alike[each.site]): each for each in layout.spots}
+    for spot in (*placed.values(), *_homeless(layout, order, ran)):
         for site in {alike[each.name]: each.name for each in sites}.values():
             fleet = Fleet(sites, order, ran)
             fleet.keep(layout.spots)
@@ -65,6 +66,16 @@ def _follow(
             if cost(found, sites, order, ran) < lowest - 1e-9:
                 return found
     return None
+
+
+def _homeless(layout: Layout, order: Sequence[Request], ran: Sequence[Spot]) -> Iterator[Spot]:
+    """The instances without a place, as spots on no site: of each request what ran before first."""
+    before = {(spot.request, spot.index) for spot in ran}
+    placed = {(spot.request, spot.index) for spot in layout.spots}
+    for request in order:
+        missing = [n for n in range(request.instances) if (request.name, n) not in placed]
+        missing.sort(key=lambda n: (request.name, n) not in before)
+        yield from (Spot(request.name, n, "", ()) for n in missing[:1])
 
 
 def _alike(
