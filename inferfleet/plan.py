@@ -103,7 +103,7 @@ class _Builder:
 
     def _services(self, host: Host) -> Iterator[Step]:
         for placement in self.phase.placements:
-            if host.name in placement.hosts:
-                schema = self.library.role(placement.role).schema
+            role = self.library.role(placement.role)
+            if host.name in placement.hosts and (role.rehearsable or not self.rehearse):
                 own = dict(placement.settings) | host.variables.get(placement.role, {})
-                yield Step(host, placement.role, settings=with_defaults(schema, own))
+                yield Step(host, placement.role, settings=with_defaults(role.schema, own))

@@ -74,6 +74,11 @@ class Role:
         """Whether it talks to the phase's engines, which then listen where it can reach them."""
         return bool(getattr(self.module, "ASKS_ENGINES", False))
 
+    @property
+    def rehearsable(self) -> bool:
+        """Whether it can run where there is no GPU and no registry; if not, rehearsals skip it."""
+        return bool(getattr(self.module, "REHEARSABLE", True))
+
     def artefacts(self, step: Step, plan: Plan, render: Render) -> Iterator[Artefact | Ensure]:
         """What the role wants on the step's host."""
         yield from self.module.artefacts(step, plan, render)

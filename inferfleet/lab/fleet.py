@@ -67,7 +67,7 @@ def _write_hosts(path: Path, hosts: Sequence[Made], key: Path) -> None:
             "user": host.user,
             "become": host.become,
             "host_keys": list(host.fingerprints),
-            "groups": _groups(host.name),
+            "groups": _groups(host.name) + (["balancers"] if len(hosts) == 1 else []),
             **({"gpus": [{"model": "L40S", "count": 4}]} if "gpu" in host.name else {}),
         }
     header = text.splitlines()[0]

@@ -57,6 +57,7 @@ class FolderHosts:
     def __init__(
         self, base: Path, names: Sequence[str], environment: Mapping[str, str] | None = None
     ) -> None:
+        base = base.absolute()  # commands run elsewhere
         self.key = base / "client_key"
         self.hosts: dict[str, FolderHost] = {}
         self._base, self._names = base, tuple(names)
