@@ -22,6 +22,7 @@ from inferfleet import __version__
 from inferfleet.errors import Error, InventoryError, UsageError
 
 if TYPE_CHECKING:
+    from inferfleet.errors import HostError
     from inferfleet.model import Result
     from inferfleet.project import Project
     from inferfleet.push import Surveyed
@@ -82,12 +83,14 @@ def _project(inventory: str) -> Project:
     return Project(Path(inventory))
 
 
-@command(inventory=_INVENTORY, json=_JSON)
-def check(_: Context, inventory: str = "inventory", json: bool = False) -> int:
+@command(inventory=_INVENTORY, limit=f"{_LIMIT}; here: that there are such", json=_JSON)
+def check(_: Context, inventory: str = "inventory", limit: str = "", json: bool = False) -> int:
     """Is the inventory right? Everything that is wrong, in one list; no host is touched."""
     from inferfleet import report
 
-    found = _project(inventory).inventory
+    project = _project(inventory)
+    found = project.inventory
+    project.limited(found.hosts.values(), limit)
     counts = {
         what: len(getattr(found, what)) for what in ("hosts", "models", "deployments", "phases")
     }
@@ -193,7 +196,7 @@ def _survey(
     failures = []
     for bundle, outcome in push.each(bundles, lambda b: push.survey(b, options)):
         if isinstance(outcome, HostError):
-            failures.append(push.failed(bundle.host.name, outcome, began))
+            failures.append(_failed(project, bundle.host.name, outcome, began))
         else:
             surveyed[bundle.host.name] = outcome
     return [surveyed[b.host.name] for b in bundles if b.host.name in surveyed], failures
@@ -246,10 +249,12 @@ def provision(
         if any(host.diff for host in surveyed) and not (yes or _agreed()):
             print("nothing was changed.")
             return PROBLEMS
-        results += _push(surveyed, f"provision {phase}", quiet=json)
+        results += _push(project, surveyed, f"provision {phase}", quiet=json)
     finally:
         for host in surveyed:
             host.close()
+    for warning in project.secrets.warnings:
+        print(warning, file=sys.stderr)
     order = {name: index for index, name in enumerate(project.inventory.hosts)}
     results.sort(key=lambda result: order[result.host])
     if json:
@@ -271,7 +276,18 @@ def _agreed() -> bool:
     return input("Make these changes? [y/N] ").strip().lower() in ("y", "yes")
 
 
-def _push(surveyed: list[Surveyed], reason: str, *, quiet: bool) -> list[Result]:
+def _failed(project: Project, host: str, error: HostError, began: float) -> Result:
+    """A host's failure; what a host printed may hold a secret, so those are masked."""
+    import time
+
+    from inferfleet.model import Result
+    from inferfleet.secrets import scrub
+
+    said = scrub(error.message, project.secrets)
+    return Result(host, "failed", seconds=time.monotonic() - began, error=said)
+
+
+def _push(project: Project, surveyed: list[Surveyed], reason: str, *, quiet: bool) -> list[Result]:
     import time
 
     from inferfleet import push, report
@@ -283,7 +299,7 @@ def _push(surveyed: list[Surveyed], reason: str, *, quiet: bool) -> list[Result]
     with report.Progress(out, [host.name for host in surveyed if host.diff]) as progress:
         for host, outcome in push.each(surveyed, lambda h: push.apply(h, reason, progress.event)):
             if isinstance(outcome, HostError):
-                outcome = push.failed(host.name, outcome, began)
+                outcome = _failed(project, host.name, outcome, began)
             results.append(outcome)
     return results
 
@@ -317,16 +333,21 @@ def verify(
     return verifying.run(project, plan, hosts, report, disruptive=disruptive, as_json=json)
 
 
-@command(output="where to write it (default: inventory/schema.json)", inventory=_INVENTORY)
-def schema(_: Context, inventory: str = "inventory", output: str = "") -> int:
+@command(
+    output="where to write it (default: inventory/schema.json)",
+    inventory=_INVENTORY,
+    json="to standard output instead of a file",
+)
+def schema(_: Context, inventory: str = "inventory", output: str = "", json: bool = False) -> int:
     """Publish the inventory's JSON Schema, with every role's options, for editors."""
-    import json
-
-    from inferfleet.schema import composed
+    from inferfleet.schema import published
 
     project = _project(inventory)
+    text = published(project.library)
+    if json:
+        print(text, end="")
+        return FINE
     path = Path(output) if output else project.folder / "schema.json"
-    text = json.dumps(composed(project.library), indent=1) + "\n"
     path.write_text(text, encoding="utf-8")
     print(f"{path}: written.")
     return FINE

@@ -199,8 +199,8 @@ class Ensure:
     """A guarded command: when the shell script `test` fails, `run` is run and tested again.
 
     `before` puts it before the files are staged (packages, users: what validators and owners
-    need); otherwise it runs after the units of its role were restarted. `wait` makes it a thing
-    to wait for: `run` is left out and `test` repeated until `timeout` seconds are over.
+    need); otherwise it runs after the units of its role were restarted. Without a `run` it is a
+    thing to wait for: `test` is repeated until `timeout` seconds are over.
     """
 
     title: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,16 +56,21 @@ class Project:
         return plans.build(self.inventory, self.phase(name), self.library, rehearse=rehearse)
 
     def chosen(self, plan: Plan, limit: str | None) -> tuple[Host, ...]:
-        """The plan's hosts that `limit` (hosts, groups, globs, commas) leaves; all without one."""
+        """The plan's hosts that `limit` leaves."""
+        return self.limited(plan.hosts, limit)
+
+    def limited(self, hosts: Iterable[Host], limit: str | None) -> tuple[Host, ...]:
+        """Those of `hosts` that `limit` (hosts, groups, globs, commas) names; all without one."""
         if not limit:
-            return plan.hosts
+            return tuple(hosts)
         patterns = [part.strip() for part in limit.split(",") if part.strip()]
-        found, _ = inventories.select(patterns, self.inventory.hosts, self.inventory.groups)
-        hosts = tuple(host for host in plan.hosts if host.name in found)
-        if not hosts:
-            names = ", ".join(host.name for host in plan.hosts[:8])
-            raise UsageError(f"--limit {limit} leaves no host of phase {plan.phase.name} ({names})")
-        return hosts
+        found, unknown = inventories.select(patterns, self.inventory.hosts, self.inventory.groups)
+        left = tuple(host for host in hosts if host.name in found)
+        if unknown or not left:
+            known = [*self.inventory.hosts, *self.inventory.groups]
+            meant = did_you_mean(unknown[0], known) if unknown else ""
+            raise UsageError(f"--limit {limit}: none of the hosts here{meant}")
+        return left
 
     def bundles(
         self, plan: Plan, hosts: Sequence[Host], secrets: Reveal | None = None

@@ -108,11 +108,6 @@ def each(
             yield futures[future], future.result()
 
 
-def failed(host: str, error: HostError, began: float) -> Result:
-    """The result of a host that failed."""
-    return Result(host, "failed", seconds=time.monotonic() - began, error=error.message)
-
-
 def changed(surveyed: Surveyed) -> list[Artefact]:
     """The artefacts that would be written."""
     paths = {c.subject for c in surveyed.diff.changes if c.kind in ("create", "update")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ def composed(library: Library) -> dict[str, Any]:
     variables = {name: {"$ref": f"#/$defs/variables-{name}"} for name in [*engines, *services]}
     definitions["variables"] |= {"properties": variables, "additionalProperties": False}
     return schema
+
+
+def published(library: Library) -> str:
+    """The composed schema as the JSON text that editors read."""
+    return json.dumps(composed(library), indent=1) + "\n"
 
 
 def _without_required(schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -84,8 +84,8 @@ def rules(version: str, generation: Generation, runner: Runner = "v1") -> Rules:
       (7.25; v1/sample/ops/topk_topp_sampler.py); not profiled in V1 before 0.8, where instead the
       logits of all tokens are; the v2 runner skips top-k and top-p while profiling (1.75) until
       0.33 warms them up too;
-    - the CUDA context is counted by V1 before 0.9.1 (total - free, v1/worker/gpu_worker.py) and by
-      V0 in 0.6.4 and 0.6.5 (logged: 1.79 GiB);
+    - the CUDA context (about 0.45 GiB) is counted by V1 before 0.9.1 (total - free in
+      v1/worker/gpu_worker.py) and by V0 in 0.6.4 (worker/worker.py);
     - graphs: deducted since 0.20 (VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS), by the v2 runner only
       since 0.33;
     - groups: the hybrid KV cache manager since 0.9.2 (v1/core/kv_cache_utils.py); tokens are
@@ -120,9 +120,8 @@ def _sampler(number: tuple[int, int, int], generation: Generation, runner: Runne
 
 
 def _driver_context(number: tuple[int, int, int], generation: Generation) -> int:
-    if generation == "V1":
-        return GIB * 45 // 100 if number < (0, 9, 1) else 0
-    return GIB * 170 // 100 if (0, 6, 4) <= number < (0, 6, 6) else 0
+    counted = number < (0, 9, 1) if generation == "V1" else (0, 6, 4) <= number < (0, 6, 5)
+    return GIB * 45 // 100 if counted else 0
 
 
 def _deducts(release: Release, generation: Generation, runner: Runner) -> bool | None:
@@ -147,21 +146,28 @@ def batch_defaults(
     """Default (max_num_batched_tokens, max_num_seqs) of a release on a GPU.
 
     V0: 256 sequences; max(2048, context) tokens, or when the context is over 32768 (chunked
-    prefill, not with sliding windows) 512, since 0.6.4 2048. V1: 2048 and 256 serving (8192
+    prefill, not with sliding windows) 512, since 0.6.5 2048. V1: 2048 and 256 serving (8192
     offline); with 70 GiB or more, except A100 since 0.9 and GB10, 8192 (16384) and 1024; since
-    0.28 16384 with 160 GiB or more. Source: vllm/engine/arg_utils.py, vllm/config.py by version.
+    0.28 16384 with 160 GiB or more. Before 0.8.5 H100 and H200 were told by name, and before 0.8.4
+    all had 1024 sequences. Source: vllm/engine/arg_utils.py, vllm/config.py by version.
     """
     number, offline = rule.release.number, usage == "offline"
     if rule.generation == "V0":
         if context > 32768 and not windowed:
-            return (2048 if number >= (0, 6, 4) else 512), 256
+            return (2048 if number >= (0, 6, 5) else 512), 256
         return max(2048, context), 256
-    if number < (0, 8):
+    sequences, tokens = _v1_defaults(number, gpu)
+    return (max(2 * tokens, 8192) if offline and tokens < 16384 else tokens), sequences
+
+
+def _v1_defaults(number: tuple[int, int, int], gpu: GpuSpec) -> tuple[int, int]:
+    """(sequences, batched tokens) that V1 serves with."""
+    if number < (0, 8, 5):
         hopper = gpu.name.startswith(("H100", "H200")) and number >= (0, 7)
-        return (2 if offline else 1) * 8192 if hopper else (8192 if offline else 2048), 1024
+        return (1024 if hopper or number < (0, 8, 4) else 256), (8192 if hopper else 2048)
     a100 = gpu.name.startswith("A100") and number >= (0, 9)
     if gpu.driver_bytes >= 160 * GIB and number >= (0, 28):
-        return 16384, 1024
+        return 1024, 16384
     if gpu.driver_bytes >= 70 * GIB and not a100 and gpu.capability != (12, 1):
-        return (16384 if offline else 8192), 1024
-    return (8192 if offline else 2048), 256
+        return 1024, 8192
+    return 256, 2048

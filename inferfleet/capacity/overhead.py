@@ -45,8 +45,7 @@ def non_torch(rule: Rules, tp: int, peers: str) -> int:
     0.5 to 2.0 over NVLink (logged 0.95 with four). Source: "non-torch memory" of published logs.
     """
     gib: float = next((gib for size, gib in _PEERS[peers].items() if size >= tp), 2.0)
-    contexts = min(tp, 2) if rule.generation == "V0" else 1
-    return int(gib * GIB) + contexts * rule.driver_context
+    return int(gib * GIB) + rule.driver_context
 
 
 @lru_cache(maxsize=1024)

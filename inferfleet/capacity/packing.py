@@ -129,7 +129,7 @@ class Fleet:
             return False
         if spot.site:
             self.remove(self.hosts[spot.site], spot)
-        for other in sorted(host.spots, key=lambda each: len(each.gpus)):
+        for other in sorted(host.spots, key=lambda each: (len(each.gpus), each)):
             if host.price(request) is not None:
                 break
             self.remove(host, other)
@@ -176,12 +176,12 @@ class Fleet:
 
     def roomiest(self, request: Request) -> list[Host]:
         hosts = [host for host in self.allowed(request) if host.site.gpus >= request.gpus]
-        return sorted(hosts, key=lambda host: -host.count)[:32]
+        return sorted(hosts, key=lambda host: (-host.count, host.site.name))[:32]
 
     def clear(self, host: Host, request: Request) -> bool:
         """Move other instances off a host until the request finds room; undone if it cannot."""
         moved: list[tuple[Host, Spot, Spot]] = []
-        for spot in sorted(host.spots, key=lambda each: -len(each.gpus)):
+        for spot in sorted(host.spots, key=lambda each: (-len(each.gpus), each)):
             if host.price(request) is not None:
                 break
             if len(spot.gpus) > request.gpus or spot.request == request.name:

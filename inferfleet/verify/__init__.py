@@ -40,13 +40,26 @@ def run(
     if not files:
         raise Error("no role on these hosts has tests")
     outcome = Outcome([host.name for host in hosts], quiet=as_json)
+    _pass(_arguments(project, plan, hosts, junit), files, outcome)
+    if disruptive:  # afterwards and one host after another: never all engines down at once
+        restarts = junit.with_stem(f"{junit.stem}-restarts")
+        arguments = _arguments(project, plan, hosts, restarts, "--fleet-disruptive", "-n", "1")
+        _pass(arguments, files, outcome)
+    return outcome.report(junit, as_json=as_json)
+
+
+def _pass(arguments: list[str], files: Sequence[Path], outcome: object) -> None:
+    """One run of pytest, untouched by any configuration the user may have around."""
+    import pytest
+
     with tempfile.TemporaryDirectory() as empty, _without("PYTEST_ADDOPTS"):
-        arguments = _arguments(project, plan, hosts, Path(empty), junit, disruptive=disruptive)
+        configuration = Path(empty) / "pytest.ini"
+        configuration.write_text("[pytest]\n", encoding="utf-8")
+        where = ["-c", str(configuration), "--rootdir", empty]
         with contextlib.redirect_stdout(io.StringIO()) as said:
-            code = pytest.main([*arguments, *map(str, files)], plugins=[outcome])
+            code = pytest.main([*where, *arguments, *map(str, files)], plugins=[outcome])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise Error(f"the tests could not be run:\n{said.getvalue()[-3000:]}")
-    return outcome.report(junit, as_json=as_json)
 
 
 def tests(project: Project, plan: Plan, hosts: Sequence[Host]) -> list[Path]:
@@ -57,35 +70,18 @@ def tests(project: Project, plan: Plan, hosts: Sequence[Host]) -> list[Path]:
 
 
 def _arguments(
-    project: Project,
-    plan: Plan,
-    hosts: Sequence[Host],
-    empty: Path,
-    junit: Path,
-    *,
-    disruptive: bool,
+    project: Project, plan: Plan, hosts: Sequence[Host], junit: Path, *more: str
 ) -> list[str]:
-    """pytest's, untouched by any configuration or plugin the user may have around."""
-    configuration = empty / "pytest.ini"
-    configuration.write_text("[pytest]\n", encoding="utf-8")
     junit.parent.mkdir(parents=True, exist_ok=True)
     return [
-        *("-c", str(configuration), "--rootdir", str(empty)),
-        *(
-            "-p",
-            "no:pytest11.testinfra",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "inferfleet.verify.plugin",
-        ),
-        *("--import-mode", "importlib", "--tb", "short"),
+        *("-p", "no:pytest11.testinfra", "-p", "no:cacheprovider"),
+        *("-p", "inferfleet.verify.plugin", "--import-mode", "importlib", "--tb", "short"),
         *("-n", str(min(WORKERS, len(hosts))), "--dist", "loadgroup"),
         *("--junit-xml", str(junit), "-o", "junit_family=xunit1"),
         *("--fleet-inventory", str(project.folder.resolve()), "--fleet-phase", plan.phase.name),
         *("--fleet-hosts", ",".join(host.name for host in hosts)),
         *(["--fleet-rehearse"] if plan.rehearsal else []),
-        *(["--fleet-disruptive"] if disruptive else []),
+        *more,
     ]
 
 

@@ -74,7 +74,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "disruptive: cuts running requests")
+    config.addinivalue_line("markers", "disruptive: cuts running requests; has a run of its own")
     project = Project(Path(config.getoption("--fleet-inventory")))
     plan = project.plan(
         config.getoption("--fleet-phase"), rehearse=config.getoption("--fleet-rehearse")
@@ -102,9 +102,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    kept = []
+    kept, wanted = [], config.getoption("--fleet-disruptive")
     for item in items:
-        if item.get_closest_marker("disruptive") and not config.getoption("--fleet-disruptive"):
+        if bool(item.get_closest_marker("disruptive")) is not wanted:
             continue
         step: Step = item.callspec.params["step"]  # type: ignore[attr-defined]
         item.add_marker(pytest.mark.xdist_group(step.host.name))

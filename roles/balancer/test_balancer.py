@@ -96,3 +96,10 @@ def test_takes_long_prompts(
     body = chat(instance, messages=[{"role": "user", "content": PROMPT + "x" * 2_000_000}])
     answer = ask(f"{base}{path}/v1/chat/completions", key=key, json=body)
     assert answer.status in (200, 400), answer.error or answer.text[:500]
+
+
+@pytest.mark.disruptive
+def test_comes_back_after_a_restart(host: Host, ask: Ask, base: str) -> None:
+    """after a restart it serves again"""
+    host.check_output("systemctl restart %s", UNIT)
+    assert ask(f"{base}/health").status == 200
