@@ -7,6 +7,7 @@ import io
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from inferfleet.errors import Error
@@ -29,11 +30,8 @@ def run(
 
     Raises Error when the extra `verify` is not installed, or no role on these hosts has tests.
     """
-    try:
-        import pytest
-        import xdist  # noqa: F401
-    except ImportError as error:
-        raise Error(f"verify needs `pip install 'inferfleet[verify]'` ({error})") from error
+    if not all(map(find_spec, ("pytest", "testinfra", "xdist"))):
+        raise Error("verify needs more packages: pip install 'inferfleet[verify]'")
     from inferfleet.verify.outcome import Outcome
 
     files = tests(project, plan, hosts)
