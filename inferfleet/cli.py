@@ -51,14 +51,9 @@ def command(**helps: str) -> Callable[[Callable[..., int]], Any]:
             if code:
                 raise Exit(code=code)
 
-        return task(help=helps, positional=_positional(function))(run)
+        return task(help=helps, positional=["host"] if "host" in helps else [])(run)
 
     return decorate
-
-
-def _positional(function: Callable[..., int]) -> list[str]:
-    """`host` and `folder` are what their commands are about: `trust gpu-01`, `init fleet`."""
-    return [name for name in ("host", "folder") if name in function.__annotations__]
 
 
 def _shown(error: Error, *, as_json: bool) -> int:
@@ -199,7 +194,9 @@ def _survey(
             failures.append(_failed(project, bundle.host.name, outcome, began))
         else:
             surveyed[bundle.host.name] = outcome
-    return [surveyed[b.host.name] for b in bundles if b.host.name in surveyed], failures
+    names = [bundle.host.name for bundle in bundles]
+    failures.sort(key=lambda result: names.index(result.host))
+    return [surveyed[name] for name in names if name in surveyed], failures
 
 
 def _show_plan(surveyed: list[Surveyed], failures: list[Result], *, lines: bool = True) -> None:
@@ -372,6 +369,8 @@ def trust(
 
     project = _project(inventory)
     hosts = project.inventory.hosts
+    if host.startswith("-"):
+        raise UsageError("say the host first: inferfleet trust HOST [--replace] [--yes]")
     if host not in hosts:
         raise UsageError(f"there is no host '{host}'{did_you_mean(host, hosts)}")
     keys = transport.fingerprint(hosts[host], project.options())
