@@ -17,13 +17,13 @@ from inferfleet.capacity.advise import (
     size,
 )
 from inferfleet.capacity.catalogue import from_folder, model, models
+from inferfleet.capacity.config import from_config
 from inferfleet.capacity.dimensions import (
     CapacityError,
     Dimensions,
     Experts,
     Latent,
     Recurrent,
-    from_config,
 )
 from inferfleet.capacity.gpus import GIB, GpuSpec, gpu, gpus, with_memory
 from inferfleet.capacity.ollama import OllamaPrediction, predict_ollama

@@ -9,13 +9,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from inferfleet.capacity.config import from_config
 from inferfleet.capacity.dimensions import (
     CapacityError,
     Dimensions,
     Experts,
     Latent,
     Recurrent,
-    from_config,
 )
 from inferfleet.capacity.gpus import read_data
 

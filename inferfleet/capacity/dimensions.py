@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from inferfleet.errors import Error
 
@@ -156,83 +154,3 @@ class Dimensions:
         if moe is None:
             return total
         return total - self.expert_params + self.expert_params * moe.per_token // moe.count
-
-
-def _experts_of(config: Mapping[str, Any]) -> Experts | None:
-    count = next(
-        (config[key] for key in ("num_local_experts", "num_experts", "n_routed_experts")
-         if config.get(key)), None,
-    )  # fmt: skip
-    if count is None:
-        return None
-    width = int(config.get("moe_intermediate_size") or config["intermediate_size"])
-    shared = config.get("shared_expert_intermediate_size")
-    if shared is None:
-        shared = width * int(config.get("n_shared_experts") or 0)
-    per_token = config.get("num_experts_per_tok") or config.get("experts_per_token") or 1
-    dense = int(config.get("first_k_dense_replace") or 0)
-    return Experts(int(count), int(per_token), width, int(shared), dense)
-
-
-def _latent_of(config: Mapping[str, Any]) -> Latent | None:
-    if not config.get("kv_lora_rank"):
-        return None
-    return Latent(
-        int(config["kv_lora_rank"]),
-        int(config["qk_rope_head_dim"]),
-        int(config.get("q_lora_rank") or 0),
-        int(config["qk_nope_head_dim"]),
-        int(config["v_head_dim"]),
-    )
-
-
-def _window_of(config: Mapping[str, Any], layers: int) -> tuple[int | None, int]:
-    window = config.get("sliding_window")
-    if not window or config.get("use_sliding_window") is False:
-        return None, 0
-    if types := config.get("layer_types"):
-        return int(window), sum(kind == "sliding_attention" for kind in types)
-    if pattern := config.get("sliding_window_pattern"):
-        return int(window), layers - layers // int(pattern)
-    alternating = str(config.get("model_type", "")) in ("gemma2", "gpt_oss")
-    return int(window), layers // 2 if alternating else layers
-
-
-def from_config(name: str, config: Mapping[str, Any]) -> Dimensions:
-    """The dimensions that a model's config.json tells; `text_config` is looked into.
-
-    Raises CapacityError naming the field that is missing. Source of the field names: Hugging
-    Face transformers configuration classes.
-    """
-    text = config.get("text_config") or config
-    try:
-        return _from_text(name, text, vision="vision_config" in config)
-    except KeyError as error:
-        raise CapacityError(f"{name}: config.json lacks {error.args[0]}") from None
-
-
-def _from_text(name: str, text: Mapping[str, Any], *, vision: bool) -> Dimensions:
-    layers, heads = int(text["num_hidden_layers"]), int(text["num_attention_heads"])
-    hidden = int(text["hidden_size"])
-    window, window_layers = _window_of(text, layers)
-    kinds = text.get("layer_types") or ()
-    strange = any("attention" not in kind or "linear" in kind for kind in kinds)
-    rough = "its vision tower is not counted" if vision else ""
-    return Dimensions(
-        name=name,
-        layers=layers,
-        hidden=hidden,
-        heads=heads,
-        kv_heads=int(text.get("num_key_value_heads") or heads),
-        head_dim=int(text.get("head_dim") or hidden // heads),
-        vocab=int(text["vocab_size"]),
-        intermediate=int(text["intermediate_size"]),
-        context=int(text["max_position_embeddings"]),
-        tied=bool(text.get("tie_word_embeddings", False)),
-        experts=_experts_of(text),
-        latent=_latent_of(text),
-        window=window,
-        window_layers=window_layers,
-        rough="layers that are not attention are counted as attention" if strange else rough,
-        source="config.json",
-    )

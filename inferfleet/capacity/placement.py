@@ -26,7 +26,7 @@ def place(
     request of no GPUs, names given twice, and sites that do not exist.
     """
     _check(sites, requests)
-    ran = tuple(before)
+    sites, ran = sorted(sites, key=lambda each: each.name), tuple(before)
     order = sorted(requests, key=lambda each: (-each.gpus, len(each.sites) or 1 << 30, each.name))
     fleet = Fleet(sites, requests, ran)
     fleet.keep(ran)

@@ -45,6 +45,7 @@ class Setup:
     correction: int = 0
     free: int | None = None
     lora: bool = False
+    stretched: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +189,7 @@ def _check(setup: Setup, fixed: Shard) -> None:
     ):
         if value is not None and value < 1:
             raise CapacityError(f"{name} must be at least 1, not {value}")
-    if setup.context and setup.context > setup.model.context:
+    if setup.context and setup.context > setup.model.context and not setup.stretched:
         raise CapacityError(
             f"{setup.model.name}: a context of {setup.context} is past the model's limit of "
             f"{setup.model.context} tokens"

@@ -355,3 +355,80 @@ def test_rough_ground_is_said_to_be_rough() -> None:
     assert "LoRA" in lora.rough
     assert lora.margin > predict(LLAMA).margin
     assert predict(LLAMA).rough == ""
+
+
+def test_gated_delta_layers_from_a_config() -> None:
+    """Qwen3-Next's own figures; its attention block grows to 544 tokens, as vLLM logs."""
+    read = from_config("next", {
+        "num_hidden_layers": 48, "hidden_size": 2048, "num_attention_heads": 16,
+        "num_key_value_heads": 2, "head_dim": 256, "vocab_size": 151936,
+        "intermediate_size": 5120, "max_position_embeddings": 262144, "num_experts": 512,
+        "num_experts_per_tok": 10, "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512, "full_attention_interval": 4,
+        "linear_num_value_heads": 32, "linear_num_key_heads": 16, "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "partial_rotary_factor": 0.25,
+    })  # fmt: skip
+    assert read.recurrent is not None
+    assert (read.recurrent.layers, read.full_layers, read.rotary_dim) == (36, 12, 64)
+    assert read.params == pytest.approx(model("Qwen3-Next-80B-A3B-Instruct").params, rel=0.003)
+    prediction = predict(Setup(read, gpu("H200"), "fp8", 32768, version="0.11.0"))
+    assert prediction.cache.block_tokens == 544
+    assert prediction.rough
+
+
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [
+        ({}, "bf16"),
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"quant_method": "gptq", "bits": 8}, "gptq-int8"),
+        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "nvfp4"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "fp8"),
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+    ],
+)
+def test_quantization_of_a_checkpoint(how: dict[str, object], name: str) -> None:
+    config = {
+        "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100,
+        "intermediate_size": 128, "max_position_embeddings": 512, "quantization_config": how,
+    }  # fmt: skip
+    assert from_config("x", config).native == name
+
+
+@pytest.mark.parametrize(
+    ("scaling", "context"),
+    [
+        (None, 4096),
+        ({"type": "linear", "factor": 4.0}, 16384),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}, 8192),
+        ({"rope_type": "llama3", "factor": 8.0}, 4096),
+    ],
+)
+def test_rope_scaling_lengthens_the_context(
+    scaling: dict[str, object] | None, context: int
+) -> None:
+    config = {
+        "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100,
+        "intermediate_size": 128, "max_position_embeddings": 4096, "rope_scaling": scaling,
+    }  # fmt: skip
+    assert from_config("x", config).context == context
+
+
+def test_a_strange_config_is_refused_in_words() -> None:
+    with pytest.raises(CapacityError, match="strange value"):
+        from_config("x", {"num_hidden_layers": "many", "num_attention_heads": 4})
+
+
+def test_splitting_shares_the_weights() -> None:
+    """Two GPUs hold at least half each, and not much more; every pipeline stage too."""
+    llama = model("Llama-3.3-70B-Instruct")
+    whole = shard(llama, BF16).weight_bytes
+    for tp, pp in ((2, 1), (8, 1), (1, 2), (4, 2)):
+        part = shard(llama, BF16, tp, pp).weight_bytes * tp * pp
+        assert whole <= part * 1.001
+        assert part <= whole * 1.03
+
+
+def test_a_stretched_context_must_be_asked_for() -> None:
+    stretched = replace(LLAMA, context=200_000, stretched=True)
+    assert predict(stretched).context == 200_000
