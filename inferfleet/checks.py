@@ -71,9 +71,8 @@ def _places(inventory: Inventory, phase: Phase) -> Iterator[Fault]:
 
 
 def _gpus(inventory: Inventory, phase: Phase) -> Iterator[Fault]:
-    for name in phase.hosts:
-        host = inventory.hosts[name]
-        yield from _claims(host, plan.deployments_of(inventory, phase, host), phase)
+    for name, deployments in plan.deployments_by_host(inventory, phase).items():
+        yield from _claims(inventory.hosts[name], deployments, phase)
 
 
 def _claims(host: Host, deployments: list[Deployment], phase: Phase) -> Iterator[Fault]:

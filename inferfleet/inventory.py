@@ -222,7 +222,7 @@ class _Builder:
         for role, settings in entry.get("roles", {}).items():
             keys = (*here, "roles", role, "hosts")
             chosen = self._select(settings["hosts"], keys)
-            if outside := [h for h in chosen if h not in hosts]:
+            if outside := sorted(set(chosen) - set(hosts)):
                 names = ", ".join(outside[:5])
                 self._fault(keys, f"{names}: not among the phase's hosts; add them there")
             own = {key: value for key, value in settings.items() if key != "hosts"}

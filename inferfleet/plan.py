@@ -38,10 +38,15 @@ def claims(deployments: Iterable[Deployment]) -> Iterator[GpuClaim]:
             yield GpuClaim(deployment.name, index, tuple(taken))
 
 
-def deployments_of(inventory: Inventory, phase: Phase, host: Host) -> list[Deployment]:
-    """The phase's deployments on a host, in the phase's order."""
-    named = [inventory.deployments[n] for n in phase.deployments if n in inventory.deployments]
-    return [d for d in named if host.name in d.hosts]
+def deployments_by_host(inventory: Inventory, phase: Phase) -> Mapping[str, list[Deployment]]:
+    """The phase's deployments on each of its hosts, in the phase's order."""
+    found: dict[str, list[Deployment]] = {name: [] for name in phase.hosts}
+    known = [inventory.deployments[n] for n in phase.deployments if n in inventory.deployments]
+    for deployment in known:
+        for host in deployment.hosts:
+            if host in found:
+                found[host].append(deployment)
+    return found
 
 
 def build(inventory: Inventory, phase: Phase, library: Library, *, rehearse: bool = False) -> Plan:
@@ -49,18 +54,19 @@ def build(inventory: Inventory, phase: Phase, library: Library, *, rehearse: boo
     askers = {
         host for p in phase.placements if library.role(p.role).asks_engines for host in p.hosts
     }
-    builder = _Builder(inventory, phase, library, rehearse, frozenset(askers))
+    deployed = deployments_by_host(inventory, phase)
+    builder = _Builder(phase, library, rehearse, frozenset(askers), deployed)
     hosts = tuple(inventory.hosts[name] for name in phase.hosts)
     return Plan(phase, hosts, {h.name: tuple(builder.steps(h)) for h in hosts}, rehearse)
 
 
 @dataclass(frozen=True, slots=True)
 class _Builder:
-    inventory: Inventory
     phase: Phase
     library: Library
     rehearse: bool
     askers: frozenset[str]  # hosts with a role that talks to engines
+    deployed: Mapping[str, list[Deployment]]  # by host
 
     def steps(self, host: Host) -> Sequence[Step]:
         steps = [*self._engines(host), *self._services(host)]
@@ -74,7 +80,7 @@ class _Builder:
             yield Step(host, role, tuple(instances))
 
     def _instances(self, host: Host) -> Iterator[tuple[str, Instance]]:
-        deployments = {d.name: d for d in deployments_of(self.inventory, self.phase, host)}
+        deployments = {d.name: d for d in self.deployed[host.name]}
         listen = "127.0.0.1" if self.askers <= {host.name} else host.private_address
         for claim in claims(deployments.values()):
             deployment = deployments[claim.deployment]

@@ -11,14 +11,13 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import yaml
-
 from inferfleet.errors import RenderError
 
 _WORD = re.compile(r"[A-Za-z0-9_.:/@+,=~\[\]*-]+")
 _BEARER = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750, section 2.1: b64token
 _BARE = re.compile(r"[A-Za-z0-9_./:=,@+-]+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_NOT_YAML = re.compile(r'["\\]|[^ -~]')
 
 
 class Quoted(str):
@@ -121,9 +120,13 @@ def json_value(value: object) -> Quoted:
 
 
 def yaml_scalar(value: object) -> Quoted:
-    """A double-quoted YAML string."""
-    text = yaml.safe_dump(str(value), default_style='"', width=2**31, allow_unicode=False)
-    return Quoted(text.rstrip("\n"))
+    """A double-quoted YAML string, in ASCII; PyYAML's emitter would take most of a render."""
+    return Quoted('"' + _NOT_YAML.sub(_yaml_escape, str(value)) + '"')
+
+
+def _yaml_escape(found: re.Match[str]) -> str:
+    character = found[0]
+    return "\\" + character if character in '"\\' else f"\\U{ord(character):08x}"
 
 
 def compose(value: object) -> Quoted:
