@@ -77,10 +77,16 @@ def fit(setup: Setup, *, gpus_available: int | None = None, users: int = 1) -> F
         raise CapacityError(f"an instance takes {each} GPUs, and there are {count}")
     instances = count // each
     fits = prediction.verdict != "does not fit"
-    carries = instances * int(prediction.concurrency) if fits else 0
+    carries = instances * carried(prediction) if fits else 0
     return Fit(
         prediction, instances, carries, carries >= users, parts(prediction), remedies(setup, count)
     )
+
+
+def carried(prediction: Prediction) -> int:
+    """Requests of full context one instance runs at once: what the cache holds, and the engine's
+    limit of sequences allows."""
+    return min(int(prediction.concurrency), prediction.sequences)
 
 
 def parts(prediction: Prediction) -> tuple[tuple[str, int], ...]:
@@ -158,7 +164,7 @@ def _carrying(setup: Setup, count: int, users: int) -> Recommendation | None:
     except CapacityError:
         return None
     instances = count // setup.tensor_parallel
-    carries = instances * int(prediction.concurrency)
+    carries = instances * carried(prediction)
     if prediction.verdict != "fits" or carries < users:
         return None
     speed = bounds(prediction, -(-users // instances))
@@ -277,8 +283,7 @@ def _sized(setup: Setup, users: int, per_host: int) -> Size | None:
         return None
     if prediction.verdict != "fits" or prediction.concurrency < 1:
         return None
-    carried = min(int(prediction.concurrency), prediction.sequences)
-    instances = -(-users // carried)
+    instances = -(-users // carried(prediction))
     on_host = per_host // setup.tensor_parallel
     hosts = -(-instances // on_host)
     whole = model_bytes(setup.model, quantization(setup.quantization or setup.model.native))

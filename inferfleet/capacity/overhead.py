@@ -10,7 +10,7 @@ from inferfleet.capacity.shard import Shard
 
 _PEERS = {  # GiB a rank, by tensor parallel size: NCCL and all-reduce buffers
     "pcie": {1: 0.07, 2: 0.3, 4: 0.4, 8: 0.8},
-    "nvlink": {1: 0.07, 2: 0.5, 4: 1.0, 8: 2.0},
+    "nvlink": {1: 0.07, 2: 0.8, 4: 1.0, 8: 2.0},
 }
 _GRAPH = MIB // 5  # one layer in one captured size
 
@@ -42,7 +42,7 @@ def non_torch(rule: Rules, tp: int, peers: str) -> int:
     """NCCL, kernels' own buffers and, in some releases, the CUDA context, on each GPU.
 
     One GPU 0.07 GiB (logged 0.01 to 0.12); several 0.3 to 0.8 over PCIe (logged 0.25, 0.09) and
-    0.5 to 2.0 over NVLink (logged 0.95 with four). Source: "non-torch memory" of published logs.
+    0.8 to 2.0 over NVLink (logged 0.25 to 1.4 with two, 0.95 with four). Source: "non-torch memory" of published logs.
     """
     gib: float = next((gib for size, gib in _PEERS[peers].items() if size >= tp), 2.0)
     return int(gib * GIB) + rule.driver_context
