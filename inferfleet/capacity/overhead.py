@@ -42,7 +42,8 @@ def non_torch(rule: Rules, tp: int, peers: str) -> int:
     """NCCL, kernels' own buffers and, in some releases, the CUDA context, on each GPU.
 
     One GPU 0.07 GiB (logged 0.01 to 0.12); several 0.3 to 0.8 over PCIe (logged 0.25, 0.09) and
-    0.8 to 2.0 over NVLink (logged 0.25 to 1.4 with two, 0.95 with four). Source: "non-torch memory" of published logs.
+    0.8 to 2.0 over NVLink (logged 0.25 to 1.4 with two, 0.95 with four). Source: "non-torch
+    memory" of published logs.
     """
     gib: float = next((gib for size, gib in _PEERS[peers].items() if size >= tp), 2.0)
     return int(gib * GIB) + rule.driver_context
