@@ -16,10 +16,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-import make  # noqa: E402
+import make
 
-from inferfleet import checks, plan, tree  # noqa: E402
-from inferfleet.project import Project  # noqa: E402
+from inferfleet import checks, plan, tree
+from inferfleet.project import Project
 
 STAGES = ("load", "check", "plan", "render", "write")
 

@@ -72,11 +72,16 @@ class Project:
             raise UsageError(f"--limit {limit}: none of the hosts here{meant}")
         return left
 
+    @cached_property
+    def _masking(self) -> Renderer:
+        """One for all phases: templates are compiled once."""
+        return Renderer(self.library, Masked())
+
     def bundles(
         self, plan: Plan, hosts: Sequence[Host], secrets: Reveal | None = None
     ) -> list[Bundle]:
         """What each host should have; secrets are masked unless they are given."""
-        renderer = Renderer(self.library, secrets or Masked())
+        renderer = Renderer(self.library, secrets) if secrets else self._masking
         return [renderer.bundle(plan, host) for host in hosts]
 
     def options(self) -> Options:
