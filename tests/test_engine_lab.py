@@ -1,0 +1,136 @@
+"""A real vLLM on one host, the balancer on another, and the stock OpenAI client before both.
+
+The tests go on from each other, in order: they share what the first one provisioned.
+"""
+
+from __future__ import annotations
+
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+
+import openai
+import pytest
+from enginekit import BALANCER, ENGINE, MODEL, UNIT, Fleet, fleet
+
+pytestmark = [pytest.mark.lab, pytest.mark.engine]
+__all__ = ["fleet"]
+
+HIDDEN = ("/metrics", "/invocations", "/tokenize", "/docs", "/ping", "/version")
+LONG = 800  # tokens, some seconds of them
+MESSAGES = [{"role": "user", "content": "Write a function that adds two numbers."}]
+
+
+@pytest.fixture(scope="module")
+def provisioned(fleet: Fleet) -> Fleet:
+    """Everything provisioned from nothing, up to the engine's first answer."""
+    said = fleet.said("provision", "--yes")
+    assert {name: host["status"] for name, host in said["hosts"].items()} == {
+        ENGINE: "changed",
+        BALANCER: "changed",
+    }
+    return fleet
+
+
+def until(check: Callable[[], bool], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def stream(fleet: Fleet, tokens: int) -> list[tuple[float, str]]:
+    """(when, text) of each chunk of a chat completion with text."""
+    with fleet.client() as client:
+        chunks = client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, max_tokens=tokens, stream=True
+        )
+        found = [(time.monotonic(), c.choices[0].delta.content) for c in chunks if c.choices]
+    return [(when, text) for when, text in found if text]
+
+
+def test_verify_proves_every_claim(provisioned: Fleet) -> None:
+    said = provisioned.said("verify")
+    proofs = {(proof["host"], proof["proves"]): proof["passed"] for proof in said["proofs"]}
+    assert proofs[ENGINE, "tiny-0: a chat request brings real tokens"]
+    assert proofs[
+        BALANCER, "with a client's key, a chat request brings real tokens from every deployment"
+    ]
+    assert all(proofs.values())
+
+
+def test_stock_client_gets_chunks_as_they_are_made(provisioned: Fleet) -> None:
+    chunks = stream(provisioned, tokens=64)
+    assert len(chunks) > 10
+    assert "".join(text for _, text in chunks).strip()
+    spread = chunks[-1][0] - chunks[0][0]
+    assert spread > 0.05, f"{len(chunks)} chunks within {spread:.3f} s: they were held back"
+
+
+@pytest.mark.parametrize("key", ["wrong", ""], ids=["wrong key", "empty key"])
+def test_stock_client_is_refused_without_the_key(provisioned: Fleet, key: str) -> None:
+    with provisioned.client(key) as client, pytest.raises(openai.AuthenticationError):
+        client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=1)
+
+
+def test_engines_key_is_no_clients_key(provisioned: Fleet) -> None:
+    key = (provisioned.inventory / "secrets/engine.key").read_text().strip()
+    with provisioned.client(key) as client, pytest.raises(openai.AuthenticationError):
+        client.models.list()
+
+
+@pytest.mark.parametrize("path", HIDDEN)
+def test_balancer_hides_what_the_engine_serves_without_key(provisioned: Fleet, path: str) -> None:
+    engine = provisioned.lab.hosts[ENGINE].address
+    assert status(provisioned, f"http://{engine}:8000{path}") != 404, "the engine has no such path"
+    assert status(provisioned, provisioned.base + path) == 404
+
+
+def status(fleet: Fleet, url: str) -> int:
+    """The HTTP status that a GET with a client's key brings."""
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {fleet.key}"})
+    trust = fleet.trust() if url.startswith("https") else None
+    try:
+        with urllib.request.urlopen(request, context=trust, timeout=10) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+
+
+def test_second_provision_finds_nothing_to_do(provisioned: Fleet) -> None:
+    hosts = provisioned.said("provision", "--yes")["hosts"]
+    assert {name: (host["status"], host["round_trips"]) for name, host in hosts.items()} == {
+        ENGINE: ("unchanged", 1),
+        BALANCER: ("unchanged", 1),
+    }
+
+
+def test_a_killed_engine_comes_back_by_itself(provisioned: Fleet) -> None:
+    def pid() -> str:
+        return provisioned.on_engine(f"systemctl show -p MainPID --value {UNIT}")
+
+    before = pid()
+    provisioned.on_engine(f"kill -9 {before}")
+    until(lambda: pid() not in ("0", before), 30, "it is not started again")
+    provisioned.said("verify")
+
+
+def test_a_stopped_engine_lets_its_streams_end(provisioned: Fleet) -> None:
+    with provisioned.client() as client:
+        answer = client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, max_tokens=LONG, stream=True
+        )
+        next(answer)
+        provisioned.on_engine(f"systemctl stop --no-block {UNIT}")
+        until(lambda: state(provisioned) == "deactivating", 5, "it does not stop")
+        stopping = time.monotonic()
+        chunks = [chunk.choices[0] for chunk in answer]
+    assert time.monotonic() - stopping > 0.3, "the stream was over before the stop"
+    assert chunks[-1].finish_reason == "length"
+    until(lambda: state(provisioned) == "inactive", 30, "it does not end after its last stream")
+
+
+def state(fleet: Fleet) -> str:
+    return fleet.on_engine(f"systemctl show -p ActiveState --value {UNIT}")
