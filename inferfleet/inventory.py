@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from inferfleet import yamlfile
+from inferfleet import references, yamlfile
 from inferfleet.checks import check
 from inferfleet.errors import InventoryError, Problem
 from inferfleet.model import (
@@ -25,19 +25,20 @@ from inferfleet.model import (
 from inferfleet.roles import Library
 from inferfleet.schema import Fault, Keys, composed, faults, validator
 from inferfleet.secrets import looks_like_secret
-from inferfleet.yamlbuild import did_you_mean, dotted
+from inferfleet.yamlbuild import dotted
 
 SECTIONS = ("hosts", "groups", "models", "deployments", "phases")
-ALL = "all"  # the group every host is in
 
 
 def load(folder: Path, library: Library) -> Inventory:
     """The inventory in `folder`. Raises InventoryError with all problems; touches no host."""
     reading = _read(folder)
     reading.validate(library)
-    builder = _Builder(reading, folder)
-    inventory = builder.inventory()
     if not reading.unread:  # else half the names are missing and would be called unknown
+        reading.refer()
+    builder = _Builder(reading, folder, references.members(reading.entries))
+    inventory = builder.inventory()
+    if not reading.unread:
         reading.add(builder.faults)
         reading.add(check(inventory, library))
     if reading.problems:
@@ -105,11 +106,18 @@ class _Reading:
         """Every document against the composed schema."""
         checker = validator(composed(library))
         for document in self.documents:
-            for fault in faults(checker, document.data, document.misread):
+            found = list(faults(checker, document.data, document.misread))
+            self.bad |= {fault.keys[:2] for fault in found}
+            said = {fault.keys for fault in found}
+            found += [fault for fault in _clear_secrets(document.data) if fault.keys not in said]
+            for fault in found:
                 self._report(document, fault)
-                self.bad.add(fault.keys[:2] if len(fault.keys) > 1 else fault.keys[:1])
-            for fault in _clear_secrets(document.data):
-                self._report(document, fault)
+
+    def refer(self) -> None:
+        """Every name that refers to nothing; what holds it is not judged further."""
+        found = list(references.unknown(self.entries))
+        self.bad |= {fault.keys[:2] for fault in found}
+        self.add(found)
 
     def good(self, section: str) -> dict[str, Any]:
         """The section's entries that the schema found nothing wrong with."""
@@ -169,78 +177,56 @@ def _walk(value: object, keys: Keys) -> Iterator[Fault]:
 
 @dataclass
 class _Builder:
-    """Turns good entries into the nouns; what refers to nothing becomes a fault."""
+    """Turns good entries into the nouns; `groups` name hosts that are not good, too."""
 
     reading: _Reading
     folder: Path
+    groups: Mapping[str, tuple[str, ...]]
     faults: list[Fault] = field(default_factory=list)
     hosts: dict[str, Host] = field(default_factory=dict)
-    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def inventory(self) -> Inventory:
         self._hosts()
         models = {name: _model(name, m) for name, m in self.reading.good("models").items()}
         deployments = dict(self._deployments(models))
         phases = [self._phase(name, p) for name, p in self.reading.good("phases").items()]
-        # a phase that lacks a deployment for what was already found wrong is not judged further
-        whole = {p.name: p for p in phases if set(p.deployments) <= set(deployments)}
+        # a phase that lacks what was already found wrong is not judged further
+        whole = {
+            p.name: p
+            for p in phases
+            if set(p.deployments) <= set(deployments) and set(p.hosts) <= set(self.hosts)
+        }
         return Inventory(str(self.folder), self.hosts, self.groups, models, deployments, whole)
 
     def _hosts(self) -> None:
         groups = self.reading.good("groups")
-        members: dict[str, list[str]] = {name: [] for name in self.reading.entries["groups"]}
         for name, entry in self.reading.good("hosts").items():
-            for index, group in enumerate(entry.get("groups", ())):
-                if group in members:
-                    members[group].append(name)
-                else:
-                    self._unknown("group", group, members, ("hosts", name, "groups", index))
             self.hosts[name] = _host(name, entry, groups)
-        for group in groups:
+        for group in self.groups:
             if group in self.reading.entries["hosts"]:
                 self._fault(("groups", group), "is a host's name too: patterns would be ambiguous")
-        self.groups = {ALL: tuple(self.hosts)} | {g: tuple(m) for g, m in members.items()}
 
     def _deployments(self, models: Mapping[str, Model]) -> Iterator[tuple[str, Deployment]]:
         for name, entry in self.reading.good("deployments").items():
-            here: Keys = ("deployments", name)
-            hosts = self._select(entry["hosts"], (*here, "hosts"))
-            known = self.reading.entries["models"]
             if entry["model"] in models:
+                hosts = self._select(entry["hosts"])
                 yield name, _deployment(name, entry, models[entry["model"]], hosts)
-            elif entry["model"] not in known:
-                self._unknown("model", entry["model"], known, (*here, "model"))
 
     def _phase(self, name: str, entry: Mapping[str, Any]) -> Phase:
-        here: Keys = ("phases", name)
-        hosts = self._select(entry["hosts"], (*here, "hosts"))
-        known = self.reading.entries["deployments"]
-        for index, deployment in enumerate(entry.get("deployments", ())):
-            if deployment not in known:
-                self._unknown("deployment", deployment, known, (*here, "deployments", index))
+        hosts = self._select(entry["hosts"])
         placements = []
         for role, settings in entry.get("roles", {}).items():
-            keys = (*here, "roles", role, "hosts")
-            chosen = self._select(settings["hosts"], keys)
+            chosen = self._select(settings["hosts"])
             if outside := sorted(set(chosen) - set(hosts)):
-                names = ", ".join(outside[:5])
-                self._fault(keys, f"{names}: not among the phase's hosts; add them there")
+                said = f"{', '.join(outside[:5])}: not among the phase's hosts; add them there"
+                self._fault(("phases", name, "roles", role, "hosts"), said)
             own = {key: value for key, value in settings.items() if key != "hosts"}
             placements.append(Placement(role, tuple(h for h in chosen if h in hosts), own))
         named = tuple(entry.get("deployments", ()))
         return Phase(name, hosts, named, tuple(placements), entry["users"], entry["why"])
 
-    def _select(self, patterns: Sequence[str], keys: Keys) -> tuple[str, ...]:
-        found, _ = select(patterns, self.hosts, self.groups)
-        names = [*self.reading.entries["hosts"], *self.groups]
-        known = [*names, *(n for n in self.reading.entries["groups"] if n not in self.groups)]
-        for index, pattern in enumerate(patterns):
-            if pattern not in known and not any(fnmatch.filter(known, pattern)):
-                self._unknown("host or group", pattern, known, (*keys, index))
-        return found
-
-    def _unknown(self, what: str, name: str, known: Iterable[str], keys: Keys) -> None:
-        self._fault(keys, f"there is no {what} '{name}'{did_you_mean(name, known)}")
+    def _select(self, patterns: Sequence[str]) -> tuple[str, ...]:
+        return select(patterns, self.reading.entries["hosts"], self.groups)[0]
 
     def _fault(self, keys: Keys, message: str) -> None:
         self.faults.append(Fault(keys, message))
@@ -251,7 +237,7 @@ _SHARED = ("connection", "port", "user", "key", "become", "become_password")
 
 def _host(name: str, entry: Mapping[str, Any], groups: Mapping[str, Any]) -> Host:
     """A host with what its groups say; the host wins, then the group it names last."""
-    levels = [groups.get(g, {}) for g in (ALL, *entry.get("groups", ()))] + [entry]
+    levels = [groups.get(g, {}) for g in (references.ALL, *entry.get("groups", ()))] + [entry]
     own = {key: level[key] for level in levels for key in _SHARED if key in level}
     variables: dict[str, dict[str, Any]] = {}
     for level in levels:

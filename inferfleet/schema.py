@@ -124,13 +124,19 @@ def _faults(error: Any, misread: Callable[[Keys], str]) -> Iterator[Fault]:
     if error.validator == "additionalProperties":
         known = error.schema.get("properties", {})
         for extra in [key for key in error.instance if key not in known]:
-            yield Fault((*keys, extra), f"unknown key{did_you_mean(extra, known)}", at_key=True)
+            yield Fault((*keys, extra), f"unknown key{_meant(extra, known)}", at_key=True)
     elif "propertyNames" in error.absolute_schema_path:
         yield Fault((*keys, error.instance), f"not a name: {error.schema['description']}", True)
     elif error.validator == "type":
         yield Fault(keys, _type_message(error, misread(keys)))
     else:
         yield Fault(keys, _MESSAGES.get(error.validator, _as_it_is)(error))
+
+
+def _meant(key: str, known: Mapping[str, Any]) -> str:
+    """The nearest known key; all of them where none is near."""
+    listed = f"; known here: {', '.join(known)}" if known else ""
+    return did_you_mean(key, known) or listed
 
 
 def _type_message(error: Any, misread: str) -> str:
@@ -147,7 +153,9 @@ def _shown(value: object) -> str:
         return "a mapping"
     if isinstance(value, list):
         return "a list"
-    return "nothing" if value is None else repr(value)
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)  # as it is written in YAML
+    return repr(value)
 
 
 def _required(error: Any) -> str:
