@@ -204,7 +204,8 @@ class _Builder:
             self.hosts[name] = _host(name, entry, groups)
         for group in self.groups:
             if group in self.reading.entries["hosts"]:
-                self._fault(("groups", group), "is a host's name too: patterns would be ambiguous")
+                said = "is a host's name too: patterns would be ambiguous"
+                self.faults.append(Fault(("groups", group), said, at_key=True))
 
     def _deployments(self, models: Mapping[str, Model]) -> Iterator[tuple[str, Deployment]]:
         for name, entry in self.reading.good("deployments").items():
@@ -219,7 +220,7 @@ class _Builder:
             chosen = self._select(settings["hosts"])
             if outside := sorted(set(chosen) - set(hosts)):
                 said = f"{', '.join(outside[:5])}: not among the phase's hosts; add them there"
-                self._fault(("phases", name, "roles", role, "hosts"), said)
+                self.faults.append(Fault(("phases", name, "roles", role, "hosts"), said))
             own = {key: value for key, value in settings.items() if key != "hosts"}
             placements.append(Placement(role, tuple(h for h in chosen if h in hosts), own))
         named = tuple(entry.get("deployments", ()))
@@ -227,9 +228,6 @@ class _Builder:
 
     def _select(self, patterns: Sequence[str]) -> tuple[str, ...]:
         return select(patterns, self.reading.entries["hosts"], self.groups)[0]
-
-    def _fault(self, keys: Keys, message: str) -> None:
-        self.faults.append(Fault(keys, message))
 
 
 _SHARED = ("connection", "port", "user", "key", "become", "become_password")
