@@ -11,9 +11,10 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -108,16 +109,9 @@ class Fleet:
     @property
     def secrets(self) -> list[str]:
         """Every value that must stay hidden; of the TLS key, a line of its body."""
-        folder = self.inventory / "secrets"
-        tls = (folder / "tls.key").read_text().splitlines()[1]
-        return [
-            tls,
-            *(
-                path.read_text().strip()
-                for path in folder.glob("*.key")
-                if len(path.read_text()) < 100
-            ),
-        ]
+        keys = sorted((self.inventory / "secrets").glob("*.key"))
+        texts = {path.stem: path.read_text().strip() for path in keys}
+        return [texts.pop("tls").splitlines()[1], *texts.values()]
 
     # The tool
 
@@ -308,3 +302,26 @@ def held(moments: Mapping[labs.LabHost, str]) -> Iterator[Callable[[], None]]:
 
 def wait_unlocked(hosts: Iterable[labs.LabHost]) -> None:
     until(lambda: not any(map(locked, hosts)), "the applier ends")
+
+
+class Watch(threading.Thread):
+    """Every command line seen on this machine and its hosts while it runs, as ps would show it."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.seen: set[bytes] = set()
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        while not self._over.is_set():
+            for process in Path("/proc").glob("[0-9]*/cmdline"):
+                with suppress(OSError):  # it ended meanwhile
+                    self.seen.add(process.read_bytes())
+
+    def __enter__(self) -> Watch:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self.join()

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from xml.etree import ElementTree
 
 import pytest
-from fleetkit import Fleet, said, tree, units, until
+from fleetkit import Fleet, Watch, said, tree, units, until
 
 from inferfleet.model import Result
 
@@ -59,7 +59,10 @@ def test_production_from_nothing_does_what_the_plan_said(from_nothing):
 
 
 def test_production_is_proven(from_nothing, production):
-    ran = production.run("verify", "--json", "--junit", "report.xml")
+    with Watch() as watch:
+        ran = production.run("verify", "--json", "--junit", "report.xml")
+    assert any(b"read -r word size" in line for line in watch.seen)
+    assert not [s for s in production.secrets if any(s.encode() in line for line in watch.seen)]
     proofs = ran.json["proofs"]
     assert ran.json["ok"]
     assert {proof["host"] for proof in proofs} == set(production.hosts)
