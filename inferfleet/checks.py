@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import fields
 
 from inferfleet import plan
 from inferfleet.model import Deployment, Host, Inventory, Phase, Plan
 from inferfleet.roles import Library
 from inferfleet.schema import Fault
+
+_OWN = {field.name for field in fields(Deployment)}  # the others are its engine's options
 
 
 def check(inventory: Inventory, library: Library) -> Iterator[Fault]:
@@ -75,13 +78,21 @@ def _gpus(inventory: Inventory, phase: Phase) -> Iterator[Fault]:
         yield from _claims(inventory.hosts[name], deployments, phase)
 
 
+def _too_few(deployments: list[Deployment], phase: Phase) -> Iterator[Fault]:
+    for deployment in deployments:
+        each, count = deployment.gpus_per_instance, deployment.instances_per_host
+        if deployment.gpus is not None and len(deployment.gpus) < each * count:
+            named = f"{len(deployment.gpus)} GPU{'s' if len(deployment.gpus) != 1 else ''}"
+            said = f"names {named}; {count} x {each} are needed (phase {phase.name})"
+            yield Fault(("deployments", deployment.name, "gpus"), said)
+
+
 def _claims(host: Host, deployments: list[Deployment], phase: Phase) -> Iterator[Fault]:
     owner: dict[int, str] = {}
+    yield from _too_few(deployments, phase)
     for claim in plan.claims(deployments):
         here = ("deployments", claim.deployment)
         if -1 in claim.gpus:
-            said = f"names too few GPUs: instance {claim.instance} gets none (phase {phase.name})"
-            yield Fault((*here, "gpus"), said)
             continue
         if beyond := [gpu for gpu in claim.gpus if gpu >= len(host.gpus)]:
             said = (
@@ -124,6 +135,8 @@ def _roles(built: Plan, library: Library) -> Iterator[Fault]:
 def _keys(built: Plan, instances: tuple[object, ...], role: str, option: str) -> tuple[str, ...]:
     """Where an option of a step stands: `NAME:option` is a deployment's, else the phase's."""
     name, separator, own = option.partition(":")
+    if instances and separator and own in _OWN:
+        return ("deployments", name, own)
     if instances and separator:
         return ("deployments", name, "options", own)
     return ("phases", built.phase.name, "roles", role, option)

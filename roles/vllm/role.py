@@ -56,8 +56,7 @@ def check(step: Step, plan: Plan) -> Iterator[tuple[str, str]]:
         if instance.listen != "127.0.0.1" and deployment.api_key is None:
             yield (
                 f"{deployment.name}:api_key",
-                "listens for other hosts without an api_key beside its options: "
-                "add `api_key: !env NAME` to the deployment",
+                "listens for other hosts without a key: add `api_key: !env NAME`",
             )
 
 

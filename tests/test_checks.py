@@ -1,0 +1,319 @@
+"""What a schema cannot see: addresses, GPUs, ports, heads, places, and what roles object to."""
+
+import make
+import pytest
+
+from inferfleet.plan import GpuClaim, claims
+
+BASE = """\
+    groups: {gpus: {}, edge: {}, spare: {}}
+    hosts:
+      gpu-01: {address: 192.0.2.1, groups: [gpus], gpus: [{model: L40S, count: 4}]}
+      gpu-02: {address: 192.0.2.2, groups: [gpus], gpus: [{model: L40S, count: 2}]}
+      lb-01: {address: 192.0.2.3, groups: [edge]}
+      here: {connection: local}
+    models:
+      coder: {repository: org/coder, attention_heads: 28}
+"""
+
+CASES = {
+    "two hosts, one address": (
+        "hosts:\n  web: {address: 192.0.2.3}",
+        [
+            "own.yml:2:18: hosts.web.address: has the address of 'lb-01', 192.0.2.3:"
+            " two hosts cannot share one"
+        ],
+    ),
+    "two hosts behind one address, on other ports": (
+        "hosts: {a: {address: 192.0.2.9, port: 1}, b: {address: 192.0.2.9, port: 2}}",
+        [],
+    ),
+    "tensor parallelism of the GPUs": (
+        """\
+        deployments:
+          d: {engine: vllm, model: coder, hosts: [gpus], port: 1, gpus_per_instance: 3}
+        """,
+        [
+            "own.yml:2:78: deployments.d.gpus_per_instance: 3-way tensor parallelism does not"
+            " divide the 28 attention heads of coder; 1, 2, 4, 7, 14, 28 do"
+        ],
+    ),
+    "tensor parallelism by itself": (
+        """\
+        deployments:
+          d: {engine: vllm, model: coder, hosts: [gpus], port: 1, options: {tensor_parallel: 8}}
+        """,
+        [
+            "own.yml:2:86: deployments.d.options.tensor_parallel: 8-way tensor parallelism does"
+            " not divide the 28 attention heads of coder; 1, 2, 4, 7, 14, 28 do"
+        ],
+    ),
+    "parallelism that does not make the GPUs": (
+        """\
+        deployments:
+          d:
+            engine: vllm
+            model: coder
+            hosts: [gpu-01]
+            port: 8000
+            gpus_per_instance: 2
+            options: {tensor_parallel: 4}
+        phases: {p: {users: 1, why: w, hosts: [gpu-01], deployments: [d]}}
+        """,
+        [
+            "own.yml:8:32: deployments.d.options.tensor_parallel: tensor x pipeline parallelism"
+            " is 4, but gpus_per_instance is 2"
+        ],
+    ),
+    "more GPUs than a host has": (
+        """\
+        deployments:
+          d: {engine: simulator, model: coder, hosts: [gpus], port: 1, gpus_per_instance: 4}
+        phases: {p: {users: 1, why: w, hosts: [gpus], deployments: [d]}}
+        """,
+        [
+            "own.yml:2:83: deployments.d.gpus_per_instance: instance 0 wants GPU 2 of gpu-02,"
+            " which has 2 (phase p)"
+        ],
+    ),
+    "GPUs of a host without any": (
+        """\
+        deployments:
+          d: {engine: simulator, model: coder, hosts: [lb-01], port: 1}
+        phases: {p: {users: 1, why: w, hosts: [edge], deployments: [d]}}
+        """,
+        [
+            "own.yml:2:3: deployments.d.gpus_per_instance: instance 0 wants GPU 0 of lb-01,"
+            " which has none (phase p)"
+        ],
+    ),
+    "two deployments share out more than there is": (
+        """\
+        deployments:
+          a: {engine: simulator, model: coder, hosts: [gpu-02], port: 1, gpus_per_instance: 2}
+          b: {engine: simulator, model: coder, hosts: [gpu-02], port: 2}
+        phases: {p: {users: 1, why: w, hosts: [gpus], deployments: [a, b]}}
+        """,
+        [
+            "own.yml:3:3: deployments.b.gpus_per_instance: instance 0 wants GPU 2 of gpu-02,"
+            " which has 2 (phase p)"
+        ],
+    ),
+    "one GPU named twice": (
+        """\
+        deployments:
+          a: {engine: simulator, model: coder, hosts: [gpu-01], port: 1, gpus: [1]}
+          b: {engine: simulator, model: coder, hosts: [gpu-01], port: 2, gpus: [1]}
+        phases: {p: {users: 1, why: w, hosts: [gpus], deployments: [a, b]}}
+        """,
+        [
+            "own.yml:3:72: deployments.b.gpus: GPU 1 of gpu-01 is claimed by 'a' too (phase p)",
+        ],
+    ),
+    "too few GPUs named": (
+        """\
+        deployments:
+          a:
+            engine: simulator
+            model: coder
+            hosts: [gpu-01]
+            port: 1
+            gpus: [0, 1, 2]
+            gpus_per_instance: 2
+            instances_per_host: 2
+        phases: {p: {users: 1, why: w, hosts: [gpus], deployments: [a]}}
+        """,
+        [
+            "own.yml:7:11: deployments.a.gpus: names 3 GPUs; 2 x 2 are needed (phase p)",
+        ],
+    ),
+    "one GPU in two phases": (
+        """\
+        deployments:
+          a: {engine: simulator, model: coder, hosts: [gpu-01], port: 1, gpus: [1]}
+          b: {engine: simulator, model: coder, hosts: [gpu-01], port: 1, gpus: [1]}
+        phases:
+          p: {users: 1, why: w, hosts: [gpus], deployments: [a]}
+          q: {users: 1, why: w, hosts: [gpus], deployments: [b]}
+        """,
+        [],
+    ),
+    "two services on one port": (
+        """\
+        deployments:
+          a:
+            engine: simulator
+            model: coder
+            hosts: [gpu-01]
+            port: 8000
+            instances_per_host: 2
+            api_key: !env K
+          b: {engine: simulator, model: coder, hosts: [gpu-01], port: 8001, api_key: !env K}
+        phases:
+          p:
+            users: 1
+            why: w
+            hosts: [gpu-01]
+            deployments: [a, b]
+            roles:
+              balancer: {hosts: [gpu-01], port: 8000, api_keys: {x: !env K}}
+        """,
+        [
+            "own.yml:9:63: deployments.b.port: port 8001 of gpu-01 is taken by 'a' (phase p)",
+            "own.yml:17:41: phases.p.roles.balancer.port: port 8000 of gpu-01 is taken by 'a'"
+            " (phase p)",
+        ],
+    ),
+    "a port past the last": (
+        """\
+        deployments:
+          a:
+            engine: simulator
+            model: coder
+            hosts: [gpu-01]
+            port: 65535
+            instances_per_host: 2
+        phases: {p: {users: 1, why: w, hosts: [gpu-01], deployments: [a]}}
+        """,
+        ["own.yml:6:11: deployments.a.port: 65536 is past the last port, 65535"],
+    ),
+    "a balancer without backends": (
+        """\
+        phases:
+          p:
+            users: 1
+            why: w
+            hosts: [edge]
+            roles: {balancer: {hosts: [edge], api_keys: {x: !env K}}}
+        """,
+        [
+            "own.yml:6:31: phases.p.roles.balancer.hosts: a balancer without backends:"
+            " no deployment of the phase runs anywhere"
+        ],
+    ),
+    "a balancer of what the phase lacks": (
+        """\
+        deployments:
+          chat: {engine: simulator, model: coder, hosts: [gpu-01], port: 8000, api_key: !env K}
+        phases:
+          p:
+            users: 1
+            why: w
+            hosts: [gpu-01, edge]
+            deployments: [chat]
+            roles: {balancer: {hosts: [edge], deployments: [chatt, chat], api_keys: {x: !env K}}}
+        """,
+        [
+            "own.yml:9:52: phases.p.roles.balancer.deployments: 'chatt' is not a deployment of"
+            " this phase; it has chat"
+        ],
+    ),
+    "a phase without hosts": (
+        "phases: {p: {users: 1, why: w, hosts: [spare]}}",
+        ["own.yml:1:39: phases.p.hosts: names no host: no host is in these groups yet"],
+    ),
+    "a deployment that runs nowhere": (
+        """\
+        deployments:
+          chat: {engine: simulator, model: coder, hosts: [gpus], port: 8000}
+        phases: {p: {users: 1, why: w, hosts: [edge], deployments: [chat]}}
+        """,
+        [
+            "own.yml:3:61: phases.p.deployments[0]: 'chat' runs on none of the phase's hosts;"
+            " its own are gpu-01, gpu-02"
+        ],
+    ),
+    "a role outside its phase": (
+        """\
+        deployments:
+          chat: {engine: simulator, model: coder, hosts: [gpu-01], port: 8000, api_key: !env K}
+        phases:
+          p:
+            users: 1
+            why: w
+            hosts: [gpu-01]
+            deployments: [chat]
+            roles: {balancer: {hosts: [edge, gpu-01], api_keys: {x: !env K}}}
+        """,
+        [
+            "own.yml:9:31: phases.p.roles.balancer.hosts: lb-01: not among the phase's hosts;"
+            " add them there"
+        ],
+    ),
+    "this machine among others": (
+        "phases: {p: {users: 1, why: w, hosts: [here, lb-01]}}",
+        [
+            "own.yml:1:39: phases.p.hosts: 'here' is this machine; other hosts cannot reach what"
+            " listens on loopback"
+        ],
+    ),
+    "an engine for others without a key": (
+        """\
+        deployments:
+          chat: {engine: vllm, model: coder, hosts: [gpu-01], port: 8000}
+        phases: {p: {users: 1, why: w, hosts: [gpu-01, lb-01], deployments: [chat],
+          roles: {balancer: {hosts: [lb-01], api_keys: {x: !env K}}}}}
+        """,
+        [
+            "own.yml:2:3: deployments.chat.api_key: listens for other hosts without a key:"
+            " add `api_key: !env NAME`"
+        ],
+    ),
+    "what Ollama cannot do": (
+        """\
+        deployments:
+          chat:
+            engine: ollama
+            model: coder
+            hosts: [gpu-01]
+            port: 1
+            instances_per_host: 2
+            api_key: !env K
+            extra_args: [--x]
+        phases: {p: {users: 1, why: w, hosts: [gpu-01], deployments: [chat]}}
+        """,
+        [
+            "own.yml:7:25: deployments.chat.instances_per_host: one Ollama serves all GPUs of a"
+            " host: leave instances_per_host at 1",
+            "own.yml:8:14: deployments.chat.api_key: Ollama checks no keys: put a balancer in"
+            " front and give it the keys",
+            "own.yml:9:17: deployments.chat.extra_args: `ollama serve` takes no arguments: use"
+            " the engine's options",
+        ],
+    ),
+    "a typo is not followed by what it causes": (
+        """\
+        deployments:
+          chat: {engine: simulator, model: coder, hosts: [gpu-01], port: 8000}
+        phases: {p: {users: 1, why: w, hosts: [gpu-1], deployments: [chat]}}
+        """,
+        [
+            "own.yml:3:40: phases.p.hosts[0]: there is no host or group 'gpu-1'"
+            " (did you mean gpu-01?)"
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), CASES.values(), ids=CASES)
+def test_a_mistake_is_told_once_with_its_place(tmp_path, text, expected):
+    assert make.problems(make.write(tmp_path, base=BASE, own=text)) == expected
+
+
+def test_claims_take_named_gpus_first_and_then_the_next_free(tmp_path):
+    inventory = make.project(
+        tmp_path,
+        base=BASE,
+        own="""\
+            deployments:
+              a: {engine: simulator, model: coder, hosts: [gpus], port: 1, instances_per_host: 2}
+              b: {engine: simulator, model: coder, hosts: [gpus], port: 2, gpus: [1]}
+              c: {engine: simulator, model: coder, hosts: [gpus], port: 3, gpus_per_instance: 0}
+        """,
+    ).inventory
+    assert list(claims(inventory.deployments.values())) == [
+        GpuClaim("a", 0, (0,)),
+        GpuClaim("a", 1, (2,)),
+        GpuClaim("b", 0, (1,)),
+        GpuClaim("c", 0, ()),
+    ]
