@@ -67,7 +67,7 @@ def _shown(error: Error, *, as_json: bool) -> int:
     else:
         print(error, file=sys.stderr)
         if isinstance(error, InventoryError):
-            count = len(error.problems)
+            count = sum(not problem.warning for problem in error.problems)
             print(f"{count} problem{'s' if count > 1 else ''}.", file=sys.stderr)
     return USAGE if isinstance(error, UsageError) else PROBLEMS
 
@@ -78,9 +78,17 @@ def _project(inventory: str) -> Project:
     return Project(Path(inventory))
 
 
+def _warn(project: Project, *, quiet: bool = False) -> None:
+    """What the inventory's checks warn of, on standard error."""
+    for warning in project.inventory.warnings if not quiet else ():
+        print(warning, file=sys.stderr)
+
+
 @command(inventory=_INVENTORY, limit=f"{_LIMIT}; here: that there are such", json=_JSON)
 def check(_: Context, inventory: str = "inventory", limit: str = "", json: bool = False) -> int:
     """Is the inventory right? Everything that is wrong, in one list; no host is touched."""
+    from dataclasses import asdict
+
     from inferfleet import report
 
     project = _project(inventory)
@@ -89,8 +97,9 @@ def check(_: Context, inventory: str = "inventory", limit: str = "", json: bool 
     counts = {
         what: len(getattr(found, what)) for what in ("hosts", "models", "deployments", "phases")
     }
+    _warn(project, quiet=json)
     if json:
-        report.as_json({"ok": True, "problems": [], **counts})
+        report.as_json({"ok": True, "problems": [asdict(w) for w in found.warnings], **counts})
     else:
         said = ", ".join(f"{count} {what}" for what, count in counts.items())
         print(f"{inventory}: fine ({said}).")

@@ -20,17 +20,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, order=True)
 class Problem:
-    """One thing that is wrong in what the user wrote: `file:line:column: key path: message`."""
+    """One thing that is wrong in what the user wrote: `file:line:column: key path: message`.
+
+    A warning stops nothing: it is shown, and the inventory is used as it is.
+    """
 
     file: str
     line: int
     column: int
     path: str
     message: str
+    warning: bool = False
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
-        return f"{place}: {self.path}: {self.message}" if self.path else f"{place}: {self.message}"
+        message = f"warning: {self.message}" if self.warning else self.message
+        return f"{place}: {self.path}: {message}" if self.path else f"{place}: {message}"
 
 
 class Error(Exception):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,9 @@ def load(folder: Path, library: Library) -> Inventory:
     if not reading.unread:
         reading.add(builder.faults)
         reading.add(check(inventory, library))
-    if reading.problems:
+    if any(not problem.warning for problem in reading.problems):
         raise InventoryError(set(reading.problems))
-    return inventory
+    return replace(inventory, warnings=tuple(sorted(set(reading.problems))))
 
 
 def select(
@@ -134,7 +134,9 @@ class _Reading:
     def _report(self, document: yamlfile.Document, fault: Fault) -> None:
         line, column = document.position(fault.keys, key=fault.at_key)
         path = dotted(fault.keys)
-        self.problems.append(Problem(document.shown, line, column, path, fault.message))
+        self.problems.append(
+            Problem(document.shown, line, column, path, fault.message, fault.warning)
+        )
 
 
 def _read(folder: Path) -> _Reading:
@@ -257,8 +259,12 @@ def _host(name: str, entry: Mapping[str, Any], groups: Mapping[str, Any]) -> Hos
 
 
 def _gpus(entries: Iterable[Mapping[str, Any]]) -> tuple[Gpu, ...]:
-    models = [entry["model"] for entry in entries for _ in range(entry.get("count", 1))]
-    return tuple(Gpu(index, model) for index, model in enumerate(models))
+    found = [
+        (entry["model"], entry.get("island", 0))
+        for entry in entries
+        for _ in range(entry.get("count", 1))
+    ]
+    return tuple(Gpu(index, model, island) for index, (model, island) in enumerate(found))
 
 
 def _model(name: str, entry: Mapping[str, Any]) -> Model:
@@ -277,8 +283,10 @@ def _deployment(
         port=entry["port"],
         gpus_per_instance=entry.get("gpus_per_instance", 1),
         instances_per_host=entry.get("instances_per_host", 1),
+        instances=entry.get("instances"),
         gpus=None if gpus is None else tuple(gpus),
         api_key=key if isinstance(key, Secret) else None,
         options=entry.get("options", {}),
         extra_args=tuple(entry.get("extra_args", ())),
+        if_too_large=entry.get("if_too_large", "refuse"),
     )

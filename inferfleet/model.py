@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from inferfleet.errors import Problem
+
 
 @dataclass(frozen=True, slots=True)
 class Secret:
@@ -29,10 +31,14 @@ class Secret:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU of a host. `index` counts in PCI bus order, as nvidia-smi does."""
+    """One GPU of a host. `index` counts in PCI bus order, as nvidia-smi does.
+
+    GPUs of one `island` are joined by NVLink or share a NUMA node.
+    """
 
     index: int
     model: str
+    island: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +73,8 @@ class Model:
     quantization: str | None = None
     context_length: int | None = None  # tokens
     attention_heads: int | None = None
+    dimensions: Mapping[str, Any] | None = None  # its shape by hand, see capacity.Dimensions
+    config: str | None = None  # path of its config.json, relative to the inventory's folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +88,12 @@ class Deployment:
     port: int
     gpus_per_instance: int = 1
     instances_per_host: int = 1
+    instances: int | None = None  # over all its hosts, packed by the planner; None: per host
     gpus: tuple[int, ...] | None = None  # device indexes it may use; None: assigned in order
     api_key: Secret | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     extra_args: tuple[str, ...] = ()
+    if_too_large: Literal["refuse", "warn"] = "refuse"  # where it is predicted not to fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +127,8 @@ class Inventory:
     models: Mapping[str, Model]
     deployments: Mapping[str, Deployment]
     phases: Mapping[str, Phase]
+    warnings: tuple[Problem, ...] = ()
+    calibration: Mapping[str, int] = field(default_factory=dict)  # see inferfleet.calibration
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +295,21 @@ class Diff:
 
     def __bool__(self) -> bool:
         return bool(self.changes)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Finding:
+    """Something about a host that a plan will run into: what, why it hurts, what to do."""
+
+    host: str
+    check: str  # its kind, one word: "port", "driver", ...
+    severity: Literal["error", "warning"]
+    what: str
+    why: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.why}. {self.remedy}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,11 +22,15 @@ _CORE = Path(__file__).with_name("schema.yml")
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Something wrong at a place of a document; `at_key` means the key, not its value."""
+    """Something wrong at a place of a document; `at_key` means the key, not its value.
+
+    A `warning` is shown and stops nothing.
+    """
 
     keys: Keys
     message: str
     at_key: bool = False
+    warning: bool = False
 
 
 def composed(library: Library) -> dict[str, Any]:
@@ -188,5 +192,6 @@ _MESSAGES: dict[str, Callable[[Any], str]] = {
     "exclusiveMinimum": lambda e: f"must be more than {e.validator_value}, not {e.instance}",
     "minItems": lambda _: "must not be empty",
     "minLength": lambda _: "must not be empty",
+    "not": lambda e: str(e.schema.get("description", e.message)),
     "uniqueItems": lambda _: "names something twice",
 }
