@@ -231,6 +231,7 @@ def _show_plan(surveyed: list[Surveyed], failures: list[Result], *, lines: bool 
     limit=_LIMIT,
     rehearse=_REHEARSE,
     yes="do not ask",
+    skip_doctor="push even where the hosts do not fit the plan",
     json=_JSON + "; needs --yes",
 )
 def provision(
@@ -240,16 +241,21 @@ def provision(
     limit: str = "",
     rehearse: bool = False,
     yes: bool = False,
+    skip_doctor: bool = False,
     json: bool = False,
 ) -> int:
     """Bring the hosts to what the inventory says: shows the plan, asks, pushes, sums up."""
     from inferfleet import report
+    from inferfleet.facts import reporting
 
     if json and not yes:
         raise UsageError("--json cannot ask: add --yes")
     project = _project(inventory)
     surveyed, results = _survey(project, phase, limit, rehearse, project.secrets)
     try:
+        plan = project.plan(phase, rehearse=rehearse)
+        if not skip_doctor and not reporting.fit(project, plan, surveyed, as_json=json):
+            return PROBLEMS
         if not json:
             _show_plan(surveyed, results, lines=not yes)
         if any(host.diff for host in surveyed) and not (yes or _agreed()):
@@ -337,6 +343,58 @@ def verify(
     hosts = project.chosen(plan, limit)
     report = Path(junit) if junit else Path("build") / f"verify-{plan.phase.name}.xml"
     return verifying.run(project, plan, hosts, report, disruptive=disruptive, as_json=json)
+
+
+@command(
+    phase=_PHASE,
+    inventory=_INVENTORY,
+    limit=_LIMIT,
+    rehearse=_REHEARSE,
+    json=_JSON,
+)
+def doctor(
+    _: Context,
+    phase: str = "",
+    inventory: str = "inventory",
+    limit: str = "",
+    rehearse: bool = False,
+    json: bool = False,
+) -> int:
+    """Hold the plan against what the hosts really are. Changes nothing."""
+    from inferfleet.facts import reporting
+    from inferfleet.facts.doctor import diagnose, failing
+
+    project = _project(inventory)
+    plan = project.plan(phase, rehearse=rehearse)
+    hosts = project.chosen(plan, limit)
+    findings = diagnose(project, plan, hosts)
+    reporting.show(findings, len(hosts), as_json=json)
+    return PROBLEMS if failing(findings) else FINE
+
+
+@command(
+    host="which hosts: names, groups, globs, with commas between (default: all)",
+    local="this machine; no inventory is needed",
+    write="set gpus, ram_gib and disk_gib of each host in the inventory's own file",
+    inventory=_INVENTORY,
+    json=_JSON,
+)
+def discover(
+    _: Context,
+    host: str = "",
+    local: bool = False,
+    write: bool = False,
+    inventory: str = "inventory",
+    json: bool = False,
+) -> int:
+    """What hosts are: GPUs and what runs on them, memory, disks, software, ports."""
+    from inferfleet.facts import reporting
+
+    if local and (host or write):
+        raise UsageError("--local is this machine alone, and needs no inventory to look at or edit")
+    if local:
+        return reporting.discover_local(as_json=json)
+    return reporting.discover(_project(inventory), host, write=write, as_json=json)
 
 
 @command(
@@ -428,7 +486,9 @@ def demo(_: Context, keep: bool = False) -> int:
     return shown.run(keep=keep)
 
 
-namespace = Collection(check, render, plan, provision, verify, schema, trust, init, lab, demo)
+namespace = Collection(
+    check, render, plan, doctor, provision, verify, discover, schema, trust, init, lab, demo
+)
 
 
 class _Program(Program):

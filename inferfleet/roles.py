@@ -18,7 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from inferfleet.errors import Error
-from inferfleet.model import Artefact, Ensure, Plan, Render, Step
+from inferfleet.model import Artefact, Ensure, Finding, Plan, Render, Step
 
 _PACKAGE = Path(__file__).parent
 
@@ -70,6 +70,11 @@ class Role:
         return int(getattr(self.module, "ORDER", 50))
 
     @property
+    def one_per_host(self) -> bool:
+        """Whether one process of an engine serves all GPUs of a host."""
+        return bool(getattr(self.module, "ONE_PER_HOST", False))
+
+    @property
     def asks_engines(self) -> bool:
         """Whether it talks to the phase's engines, which then listen where it can reach them."""
         return bool(getattr(self.module, "ASKS_ENGINES", False))
@@ -88,6 +93,12 @@ class Role:
         found: Callable[[Step, Plan], Iterable[tuple[str, str]]] | None
         found = getattr(self.module, "check", None)
         return found(step, plan) if found else ()
+
+    def preflight(self, step: Step, plan: Plan, facts: Any) -> Iterable[Finding]:
+        """What the role finds wrong with a host before it is changed; see `inferfleet.facts`."""
+        found: Callable[[Step, Plan, Any], Iterable[Finding]] | None
+        found = getattr(self.module, "preflight", None)
+        return found(step, plan, facts) if found else ()
 
     def ports(self, step: Step) -> tuple[int, ...]:
         """TCP ports the step listens on."""

@@ -1,0 +1,167 @@
+"""A plan held against what its hosts really are. `examine` is pure; the rest asks the hosts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from urllib.parse import urlsplit
+
+from inferfleet import push
+from inferfleet.errors import HostError
+from inferfleet.facts import gpu_checks, host_checks, weights
+from inferfleet.facts.ask import Request, collect, collect_over
+from inferfleet.facts.case import Case
+from inferfleet.facts.document import Facts
+from inferfleet.model import Bundle, Finding, Host, Instance, Plan, Step
+from inferfleet.project import Project
+from inferfleet.push import Surveyed
+from inferfleet.roles import Library
+
+HUB, OLLAMA, DOCKER = "huggingface.co", "registry.ollama.ai", "registry-1.docker.io"
+CHECKS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
+    host_checks.rights,
+    gpu_checks.present,
+    gpu_checks.driver,
+    gpu_checks.capability,
+    gpu_checks.orphans,
+    gpu_checks.memory,
+    gpu_checks.health,
+    host_checks.ports,
+    host_checks.docker,
+    host_checks.reload_guard,
+    host_checks.disk,
+    host_checks.size,
+    host_checks.clock,
+    host_checks.network,
+    host_checks.unseen,
+)
+
+
+def examine(
+    plan: Plan, facts: Mapping[str, Facts], library: Library, units: Mapping[str, frozenset[str]]
+) -> list[Finding]:
+    """All that is wrong with the hosts in `facts`, in the plan's order, errors first.
+
+    `units` are the systemd units that the plan runs, by host: their processes are our own.
+    """
+    found = []
+    for host in plan.hosts:
+        if host.name in facts:
+            case = _case(plan, host, facts[host.name], library, units.get(host.name, frozenset()))
+            own = [finding for check in CHECKS for finding in check(case)]
+            for step in case.steps:
+                own += library.role(step.role).preflight(step, plan, case.facts)
+            found += sorted(own, key=lambda finding: finding.severity != "error")
+    return found
+
+
+def _case(plan: Plan, host: Host, facts: Facts, library: Library, units: frozenset[str]) -> Case:
+    steps = tuple(plan.steps.get(host.name, ()))
+    ports = tuple(one for step in steps for one in _ports(step, library))
+    return Case(host, steps, facts, units, ports, plan.rehearsal)
+
+
+def _ports(step: Step, library: Library) -> Iterator[tuple[str, str, int]]:
+    for instance in step.instances:
+        yield instance.name, instance.listen, instance.port
+    if not step.instances:
+        for port in library.role(step.role).ports(step):
+            yield step.role, "", port
+
+
+def units_of(bundle: Bundle) -> frozenset[str]:
+    """The units a host's bundle restarts or reloads."""
+    return frozenset(unit for a in bundle.artefacts for unit in (*a.restarts, *a.reloads))
+
+
+def request(plan: Plan, host: Host) -> Request:
+    """What to ask of a host beyond its facts: models that lie there, places to download from."""
+    if plan.rehearsal:
+        return Request()
+    sizes: dict[str, list[str]] = {}
+    reach: dict[str, None] = {}
+    for step in plan.steps.get(host.name, ()):
+        for instance in step.instances:
+            reach.update(dict.fromkeys(sources(step.role, instance)))
+            if weights.downloads(instance):
+                places = weights.places(step.role, instance)
+                sizes.setdefault(instance.deployment.model.repository, []).extend(places)
+    return Request(tuple(reach), sizes)
+
+
+def sources(role: str, instance: Instance) -> Iterator[str]:
+    """`name:port` of everything an instance is fetched from."""
+    options = instance.options
+    environment = options.get("environment") or {}
+    if options.get("runtime") == "docker":
+        yield f"{_registry(str(options.get('image', '')))}"
+    if download := options.get("download"):
+        yield _endpoint(str(download))
+    if weights.downloads(instance) and environment.get("HF_HUB_OFFLINE") != "1":
+        hub = OLLAMA if role == "ollama" else environment.get("HF_ENDPOINT", HUB)
+        yield _endpoint(str(hub))
+
+
+def _registry(image: str) -> str:
+    first, slash, _ = image.partition("/")
+    named = slash and ("." in first or ":" in first or first == "localhost")
+    return _endpoint(first if named and first != "docker.io" else DOCKER)
+
+
+def _endpoint(url: str) -> str:
+    """`name:port` of a URL, or of a bare name with or without a port."""
+    parts = urlsplit(url if "//" in url else f"https://{url}")
+    return f"{parts.hostname}:{parts.port or (80 if parts.scheme == 'http' else 443)}"
+
+
+# Asking
+
+
+def diagnose(project: Project, plan: Plan, hosts: Sequence[Host]) -> list[Finding]:
+    """Ask each host over a connection of its own; one that cannot be asked is a finding too."""
+    options = project.options()
+    bundles = {bundle.host.name: bundle for bundle in project.bundles(plan, hosts)}
+    units = {name: units_of(bundle) for name, bundle in bundles.items()}
+    answers = push.each(hosts, lambda host: collect(host, options, request(plan, host)))
+    return _findings(plan, ((h.name, found) for h, found in answers), project.library, units)
+
+
+def diagnose_surveyed(project: Project, plan: Plan, surveyed: Iterable[Surveyed]) -> list[Finding]:
+    """The same over connections that are open already, of hosts that would change.
+
+    Hosts without python3 are left to the push, which says so.
+    """
+    asked = [one for one in surveyed if one.diff and one.snapshot.python]
+    units = {one.name: units_of(one.bundle) for one in asked}
+    answers = push.each(asked, lambda s: collect_over(s.way, request(plan, s.bundle.host)))
+    return _findings(plan, ((s.name, found) for s, found in answers), project.library, units)
+
+
+def _findings(
+    plan: Plan,
+    answers: Iterable[tuple[str, Facts | HostError]],
+    library: Library,
+    units: Mapping[str, frozenset[str]],
+) -> list[Finding]:
+    facts, failed = {}, []
+    for name, answer in answers:
+        if isinstance(answer, HostError):
+            failed.append(_silent(name, answer))
+        else:
+            facts[name] = answer
+    return [*sorted(failed), *examine(plan, facts, library, units)]
+
+
+def _silent(name: str, error: HostError) -> Finding:
+    return Finding(
+        name,
+        "connection",
+        "error",
+        error.message,
+        "nothing can be said about it, nor done there",
+        "make it reachable, or leave it out with --limit",
+    )
+
+
+def failing(findings: Iterable[Finding]) -> list[Finding]:
+    """The findings that stop a push."""
+    return [finding for finding in findings if finding.severity == "error"]
