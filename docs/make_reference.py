@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ Made from the schemas and the tasks by `docs/make_reference.py`; do not edit.
 """
 
 
+@cache  # invoke gives an option's help only once
 def text() -> str:
     """The whole page."""
     schema = composed(Library())

@@ -21,6 +21,7 @@ def check(inventory: Inventory, library: Library) -> Iterator[Fault]:
     for phase in inventory.phases.values():
         yield from _places(inventory, phase)
         yield from _gpus(inventory, phase)
+        yield from _packed(inventory, phase, library)
         built = plan.build(inventory, phase, library)
         yield from _ports(built, library)
         yield from _roles(built, library)
@@ -76,6 +77,27 @@ def _places(inventory: Inventory, phase: Phase) -> Iterator[Fault]:
 def _gpus(inventory: Inventory, phase: Phase) -> Iterator[Fault]:
     for name, deployments in plan.deployments_by_host(inventory, phase).items():
         yield from _claims(inventory.hosts[name], deployments, phase)
+
+
+def _packed(inventory: Inventory, phase: Phase, library: Library) -> Iterator[Fault]:
+    """Deployments that ask for more instances than their hosts have room for."""
+    layout = plan.layout(inventory, phase, library)
+    for name in phase.deployments:
+        deployment = inventory.deployments.get(name)
+        if deployment is None or deployment.instances is None:
+            continue
+        here = ("deployments", name, "instances")
+        if not deployment.gpus_per_instance:
+            said = "instances are packed on GPUs: for the CPU, say instances_per_host"
+            yield Fault(here, said, at_key=True)
+        elif missing := layout.unplaced.get(name, 0):
+            each = deployment.gpus_per_instance
+            said = (
+                f"{deployment.instances} instances of {each} GPU{'s' if each > 1 else ''}: "
+                f"{deployment.instances - missing} fit on the free GPUs of its hosts "
+                f"(phase {phase.name})"
+            )
+            yield Fault(here, said)
 
 
 def _too_few(deployments: list[Deployment], phase: Phase) -> Iterator[Fault]:

@@ -1,4 +1,8 @@
-"""From a phase to steps: which role runs on which host, with which GPUs and ports. Pure."""
+"""From a phase to steps: which role runs on which host, with which GPUs and ports. Pure.
+
+A deployment with `instances_per_host` is counted out on each of its hosts; one with `instances` is
+packed over all of them, on the GPUs that the former leave free.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from inferfleet import packed
+from inferfleet.capacity import Layout
 from inferfleet.model import Deployment, Host, Instance, Inventory, Phase, Plan, Step
 from inferfleet.roles import Library
 from inferfleet.schema import with_defaults
@@ -26,8 +32,9 @@ def claims(deployments: Iterable[Deployment]) -> Iterator[GpuClaim]:
     """Give each instance its GPUs, in order: named ones first come, else the next free.
 
     Never fails: what the host lacks is counted past its end and reported by the checks.
+    Deployments that are packed over their hosts are left out.
     """
-    wanted = list(deployments)
+    wanted = [deployment for deployment in deployments if deployment.instances is None]
     named = {gpu for d in wanted for gpu in d.gpus or ()}
     free = (gpu for gpu in range(10**6) if gpu not in named)
     for deployment in wanted:
@@ -49,13 +56,38 @@ def deployments_by_host(inventory: Inventory, phase: Phase) -> Mapping[str, list
     return found
 
 
+def layout(inventory: Inventory, phase: Phase, library: Library) -> Layout:
+    """Where the phase's packed instances go, and how many of each deployment find no place."""
+    deployed = deployments_by_host(inventory, phase)
+    counted = {host: claims(deployments) for host, deployments in deployed.items()}
+    taken = {host: {gpu for each in found for gpu in each.gpus} for host, found in counted.items()}
+    engines = {each.engine for found in deployed.values() for each in found}
+    single = {name for name in engines if library.role(name).one_per_host}
+    return packed.layout(inventory, phase, taken, single)
+
+
+def claims_by_host(
+    inventory: Inventory, phase: Phase, library: Library
+) -> Mapping[str, Sequence[GpuClaim]]:
+    """Every instance of the phase with its GPUs, on each of its hosts, in the phase's order."""
+    deployed = deployments_by_host(inventory, phase)
+    counted = {host: list(claims(deployments)) for host, deployments in deployed.items()}
+    for (host, name), spots in packed.by_host(layout(inventory, phase, library)).items():
+        counted[host] += [GpuClaim(name, index, gpus) for index, gpus in enumerate(spots)]
+    order = {name: index for index, name in enumerate(phase.deployments)}
+    return {host: sorted(found, key=lambda c: order[c.deployment])
+            for host, found in counted.items()}  # fmt: skip
+
+
 def build(inventory: Inventory, phase: Phase, library: Library, *, rehearse: bool = False) -> Plan:
     """The plan of a phase; with `rehearse`, the simulator stands in for every engine."""
     askers = {
         host for p in phase.placements if library.role(p.role).asks_engines for host in p.hosts
     }
-    deployed = deployments_by_host(inventory, phase)
-    builder = _Builder(phase, library, rehearse, frozenset(askers), deployed)
+    claimed = claims_by_host(inventory, phase, library)
+    builder = _Builder(
+        phase, library, rehearse, frozenset(askers), inventory.deployments, claimed
+    )  # fmt: skip
     hosts = tuple(inventory.hosts[name] for name in phase.hosts)
     return Plan(phase, hosts, {h.name: tuple(builder.steps(h)) for h in hosts}, rehearse)
 
@@ -66,7 +98,8 @@ class _Builder:
     library: Library
     rehearse: bool
     askers: frozenset[str]  # hosts with a role that talks to engines
-    deployed: Mapping[str, list[Deployment]]  # by host
+    deployments: Mapping[str, Deployment]
+    claimed: Mapping[str, Sequence[GpuClaim]]  # by host
 
     def steps(self, host: Host) -> Sequence[Step]:
         steps = [*self._engines(host), *self._services(host)]
@@ -80,10 +113,9 @@ class _Builder:
             yield Step(host, role, tuple(instances))
 
     def _instances(self, host: Host) -> Iterator[tuple[str, Instance]]:
-        deployments = {d.name: d for d in self.deployed[host.name]}
         listen = "127.0.0.1" if self.askers <= {host.name} else host.private_address
-        for claim in claims(deployments.values()):
-            deployment = deployments[claim.deployment]
+        for claim in self.claimed[host.name]:
+            deployment = self.deployments[claim.deployment]
             role = SIMULATOR if self.rehearse else deployment.engine
             yield (
                 role,

@@ -11,6 +11,7 @@ from inferfleet.builders import VERIFY_UNIT, answers, package, running, system_u
 from inferfleet.model import Artefact, Ensure, Instance, Plan, Render, Step, sh
 
 KIND = "engine"
+ONE_PER_HOST = True
 BINARY = "/usr/local/bin/ollama"
 HOME = "/var/lib/ollama"
 
