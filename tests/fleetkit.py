@@ -67,7 +67,7 @@ class Ran:
 
     def line(self, host: str) -> str:
         """The host's one line of the summary."""
-        found = [x for x in self.out.splitlines() if re.match(rf"{host}\b:? +(failed|ch|unch)", x)]
+        found = [x for x in self.out.splitlines() if re.match(rf"{host} +(failed|(un)?changed)", x)]
         assert len(found) == 1, self.out + self.err
         return found[0]
 
@@ -286,7 +286,7 @@ class Hold:
 
 
 @contextmanager
-def held(moments: Mapping[labs.LabHost, str]) -> Iterator[Callable[[], None]]:
+def held(moments: Mapping[labs.LabHost, str]) -> Iterator[Callable[[Callable[[], bool]], None]]:
     """Hosts that stop a run at a moment, such as "systemctl restart"; gives a wait for all."""
     holds = [Hold(host) for host in moments]
     with ExitStack() as stack:
@@ -294,8 +294,9 @@ def held(moments: Mapping[labs.LabHost, str]) -> Iterator[Callable[[], None]]:
             stack.callback(hold.release)
             hold.set(moments[hold.host])
 
-        def wait() -> None:
-            until(lambda: all(hold.reached() for hold in holds), f"{list(moments.values())}")
+        def wait(over: Callable[[], bool]) -> None:
+            until(lambda: over() or all(hold.reached() for hold in holds), f"{moments.values()}")
+            assert not over(), "the run ended before all of its hosts were where they should stand"
 
         yield wait
 

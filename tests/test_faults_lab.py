@@ -45,7 +45,7 @@ def shrink_all(fleet: Fleet) -> None:
 def assert_activated(fleet: Fleet, workers: str) -> None:
     """What runs is what the files say now: no restart, and no reload, is still owed."""
     for name in ("gpu-01", "gpu-02"):
-        running = said(fleet.hosts[name], "pgrep -fa /opt/inferfleet/simulator").splitlines()
+        running = said(fleet.hosts[name], "pgrep -fa ^/usr/bin/python3").splitlines()
         assert len(running) == len(units(fleet.hosts[name]))
         assert all("--token-rate 80" in line for line in running)
     assert said(fleet.hosts["lb-01"], WORKERS) != workers
@@ -109,10 +109,10 @@ def no_sudo_right(fleet: Fleet, host: LabHost) -> Iterator[None]:
 
 
 @contextmanager
-def nginx_user_gone(_: Fleet, host: LabHost) -> Iterator[None]:
-    said(host, "sed -i.kept /^www-data:/d /etc/passwd")
+def nginx_folder_gone(_: Fleet, host: LabHost) -> Iterator[None]:
+    said(host, "mv /var/lib/nginx /root/kept")
     yield
-    said(host, "mv /etc/passwd.kept /etc/passwd")
+    said(host, "mv /root/kept /var/lib/nginx")
 
 
 @pytest.mark.parametrize(
@@ -120,11 +120,15 @@ def nginx_user_gone(_: Fleet, host: LabHost) -> Iterator[None]:
     [
         ("gpu-02", powered_off, "port 22"),
         ("gpu-02", wrong_key, "stranger"),
-        ("gpu-02", changed_host_key, "inferfleet trust gpu-02"),
+        (
+            "gpu-02",
+            changed_host_key,
+            "its host key is not one of the inventory's host_keys: it showed SHA256:",
+        ),
         ("gpu-02", full_disk, "No space left on device"),
         ("gpu-02", no_python, "it has no python3; install it"),
-        ("gpu-01", no_sudo_right, "sudo does not know limited: add a rule for it to sudoers"),
-        ("lb-01", nginx_user_gone, "nginx.conf is not valid, says /usr/sbin/nginx"),
+        ("gpu-01", no_sudo_right, "sudo asks for limited's password: set become_password"),
+        ("lb-01", nginx_folder_gone, "nginx.conf is not valid, says /usr/sbin/nginx"),
     ],
 )
 def test_a_host_that_fails_says_why_and_stays_as_it_was(
@@ -153,7 +157,7 @@ def test_a_host_that_another_run_holds_names_it(production):
     lb = production.hosts["lb-01"]
     with held({lb: "systemctl reload-or-restart"}) as wait:
         first = production.start("provision", "--yes", "--limit", "lb-01")
-        wait()
+        wait(lambda: first.poll() is not None)
         production.set_host("lb-01", variables={"balancer": {"read_timeout": 400}})
         ran = production.run("provision", "--yes", code=1)
     assert "locked by root since 2" in ran.line("lb-01")
@@ -188,11 +192,11 @@ def run_held(fleet: Fleet, moments: dict[str, str]) -> Iterator[subprocess.Popen
     with held({fleet.hosts[name]: moment for name, moment in moments.items()}) as wait:
         process = fleet.start("provision", "--yes")
         try:
-            wait()
+            wait(lambda: process.poll() is not None)
             yield process
         finally:
             process.kill()
-            process.communicate()
+            print(*process.communicate())
 
 
 def assert_next_run_completes(fleet: Fleet, workers: str) -> None:
@@ -217,7 +221,7 @@ def test_the_client_is_killed_while_it_asks(production):
     before = production.trees(), production.units()
     asked = production.hosts["gpu-01"]
     process = production.start("provision", "--yes")
-    until(lambda: asked.exec("pgrep -f 'read -r word size'").stdout, "it asks", 10)
+    until(lambda: asked.exec("pgrep -f '^sh -c umask 077'").stdout, "it asks", 10)
     process.send_signal(signal.SIGSTOP)
     process.kill()
     process.communicate()
@@ -261,7 +265,7 @@ def test_the_network_fails(production):
     with held({production.hosts[n]: m for n, m in CHECKING.items()}) as wait:
         with ThreadPoolExecutor() as pool:
             pushed = pool.submit(production.push, keepalive=0.3)
-            wait()
+            wait(pushed.done)
             for host in hosts:
                 host.partition()
             outcomes = pushed.result(30)
