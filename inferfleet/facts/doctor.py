@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 from inferfleet import push
@@ -128,12 +129,13 @@ def diagnose(project: Project, plan: Plan, hosts: Sequence[Host]) -> list[Findin
 def diagnose_surveyed(project: Project, plan: Plan, surveyed: Iterable[Surveyed]) -> list[Finding]:
     """The same over connections that are open already, of hosts that would change.
 
-    Hosts without python3 are left to the push, which says so.
+    Hosts without python3 are left to the push, which says so, as are those that fall silent.
     """
     asked = [one for one in surveyed if one.diff and one.snapshot.python]
     units = {one.name: units_of(one.bundle) for one in asked}
     answers = push.each(asked, lambda s: collect_over(s.way, request(plan, s.bundle.host)))
-    return _findings(plan, ((s.name, found) for s, found in answers), project.library, units)
+    found = _findings(plan, ((s.name, found) for s, found in answers), project.library, units)
+    return [replace(f, severity="warning") if f.check == "connection" else f for f in found]
 
 
 def _findings(

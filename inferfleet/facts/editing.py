@@ -95,7 +95,9 @@ def _compare(before: str, after: str, host: str, values: Mapping[str, str]) -> N
     try:
         old, new = yamlparse.compose(before), yamlparse.compose(after)
     except yamlparse.UnreadableError as error:
-        raise Error(f"the entry of '{host}' cannot be changed in place: {error}") from error
+        raise Error(
+            f"the entry of '{host}' cannot be changed in place ({error}): paste it by hand"
+        ) from error
     unequal = _plain(old, (host, *values)) != _plain(new, (host, *values))
     set_right = all(
         _plain(_child(_entry(new, host), key), ()) == _plain(yamlparse.compose(value), ())
