@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 
-from inferfleet import plan
+from inferfleet import outlook, plan, sizing
+from inferfleet.capacity import CapacityError
 from inferfleet.model import Deployment, Host, Inventory, Phase, Plan
 from inferfleet.roles import Library
 from inferfleet.schema import Fault
@@ -18,6 +20,7 @@ def check(inventory: Inventory, library: Library) -> Iterator[Fault]:
     """Every fault of an inventory whose entries each fit the schema."""
     yield from _addresses(inventory)
     yield from _heads(inventory)
+    yield from _shapes(inventory)
     for phase in inventory.phases.values():
         yield from _places(inventory, phase)
         yield from _gpus(inventory, phase)
@@ -25,6 +28,7 @@ def check(inventory: Inventory, library: Library) -> Iterator[Fault]:
         built = plan.build(inventory, phase, library)
         yield from _ports(built, library)
         yield from _roles(built, library)
+        yield from _memory(built, inventory)
 
 
 def _addresses(inventory: Inventory) -> Iterator[Fault]:
@@ -53,6 +57,17 @@ def _heads(inventory: Inventory) -> Iterator[Fault]:
                 f"{deployment.model.name}; {', '.join(fitting)} do"
             )
             yield Fault(("deployments", deployment.name, *key), said)
+
+
+def _shapes(inventory: Inventory) -> Iterator[Fault]:
+    """Dimensions given by hand, and config.json files, that tell nothing."""
+    for model in inventory.models.values():
+        for key in ("dimensions", "config"):
+            if getattr(model, key) is not None:
+                try:
+                    sizing.shape(model, Path(inventory.folder))
+                except CapacityError as error:
+                    yield Fault(("models", model.name, key), str(error))
 
 
 def _places(inventory: Inventory, phase: Phase) -> Iterator[Fault]:
@@ -152,6 +167,21 @@ def _roles(built: Plan, library: Library) -> Iterator[Fault]:
         for step in steps:
             for option, message in library.role(step.role).check(step, built):
                 yield Fault(_keys(built, step.instances, step.role, option), message)
+
+
+def _memory(built: Plan, inventory: Inventory) -> Iterator[Fault]:
+    """Deployments that the GPUs of their hosts have no room for, or hardly."""
+    for found in outlook.outlooks(built, inventory):
+        each = found.judgement
+        if each.verdict in ("fits", "unknown"):
+            continue
+        deployment = inventory.deployments[found.deployment]
+        others = f" and {len(found.hosts) - 1} more" if len(found.hosts) > 1 else ""
+        said = f"{each.verdict} on {found.gpu or 'the CPU'} of {found.hosts[0]}{others}"
+        said += f" (phase {built.phase.name}): {each.reason}"
+        said += f". Smallest change: {each.remedy}" if each.remedy else ""
+        mild = each.verdict == "tight" or deployment.if_too_large == "warn"
+        yield Fault(("deployments", found.deployment), said, at_key=True, warning=mild)
 
 
 def _keys(built: Plan, instances: tuple[object, ...], role: str, option: str) -> tuple[str, ...]:

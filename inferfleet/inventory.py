@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from inferfleet import references, yamlfile
+from inferfleet import calibration, references, yamlfile
 from inferfleet.checks import check
-from inferfleet.errors import InventoryError, Problem
+from inferfleet.errors import Error, InventoryError, Problem
 from inferfleet.model import (
     Deployment,
     Gpu,
@@ -37,7 +37,7 @@ def load(folder: Path, library: Library) -> Inventory:
     if not reading.unread:  # else half the names are missing and would be called unknown
         reading.refer()
     builder = _Builder(reading, folder, references.members(reading.entries))
-    inventory = builder.inventory()
+    inventory = replace(builder.inventory(), calibration=reading.calibration(folder))
     if not reading.unread:
         reading.add(builder.faults)
         reading.add(check(inventory, library))
@@ -118,6 +118,14 @@ class _Reading:
         found = list(references.unknown(self.entries))
         self.bad |= {fault.keys[:2] for fault in found}
         self.add(found)
+
+    def calibration(self, folder: Path) -> Mapping[str, int]:
+        """What verify recorded beside the inventory."""
+        try:
+            return calibration.load(folder)
+        except Error as error:
+            self.problems.append(Problem(str(folder / calibration.FILE), 0, 0, "", str(error)))
+            return {}
 
     def good(self, section: str) -> dict[str, Any]:
         """The section's entries that the schema found nothing wrong with."""

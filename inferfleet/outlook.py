@@ -1,0 +1,271 @@
+"""What to expect of the deployments of a plan: do they fit, how many requests they carry. Pure
+but for the config.json that a model may name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from inferfleet import calibration, capacity, sizing
+from inferfleet.capacity import (
+    GIB,
+    CapacityError,
+    Dimensions,
+    GpuSpec,
+    OllamaPrediction,
+    Prediction,
+    Setup,
+)
+from inferfleet.model import Host, Instance, Inventory, Plan
+
+Verdict = Literal["fits", "tight", "does not fit", "impossible", "unknown"]
+_LIKE_VLLM = ("vllm",)
+OPTIONS = {  # vLLM's flags by the inventory's names, where a remedy sets them
+    "max-model-len": "max_model_len",
+    "max-num-seqs": "max_num_seqs",
+    "max-num-batched-tokens": "max_num_batched_tokens",
+    "gpu-memory-utilization": "gpu_memory_utilization",
+    "kv-cache-dtype": "kv_cache_dtype",
+    "tensor-parallel-size": "gpus_per_instance",
+    "quantization": "quantization",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """One instance on one kind of GPU. `impossible`: no engine starts that; `unknown`: the model
+    or the GPU is in no catalogue. `requests` of full context run at once, `context` tokens long;
+    `spread` is the range of requests; `remedy` the smallest change after which it fits."""
+
+    verdict: Verdict
+    reason: str = ""
+    remedy: str = ""
+    requests: int = 0
+    spread: tuple[int, int] = (0, 0)
+    context: int = 0
+    kv_tokens: int = 0
+    rough: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """A deployment of a plan on all its hosts with one kind of GPU and one judgement."""
+
+    deployment: str
+    gpu: str  # such as "2 x L40S"; "" on the CPU
+    hosts: tuple[str, ...]
+    instances: int
+    judgement: Judgement
+
+    @property
+    def requests(self) -> int:
+        """Requests of full context at once, of all instances together."""
+        return self.instances * self.judgement.requests
+
+
+def outlooks(plan: Plan, inventory: Inventory) -> tuple[Outlook, ...]:
+    """What to expect of every deployment of a plan, in its order; nothing of a rehearsal's."""
+    if plan.rehearsal:
+        return ()
+    seen: dict[tuple[Any, ...], Judgement] = {}
+    found: dict[tuple[str, str, Judgement], list[str]] = {}
+    for instance in plan.instances():
+        models = _gpus(instance)
+        asked = (instance.deployment.name, models, _special(instance, inventory))
+        if asked not in seen:
+            seen[asked] = judge(instance, inventory)
+        key = (instance.deployment.name, _words(models), seen[asked])
+        found.setdefault(key, []).append(instance.host.name)
+    return tuple(
+        Outlook(name, gpu, tuple(dict.fromkeys(hosts)), len(hosts), judgement)
+        for (name, gpu, judgement), hosts in found.items()
+    )
+
+
+def _gpus(instance: Instance) -> tuple[str, ...]:
+    own = instance.host.gpus
+    return tuple(own[index].model for index in instance.gpus if 0 <= index < len(own))
+
+
+def _words(models: tuple[str, ...]) -> str:
+    kinds = dict.fromkeys(models)
+    return ", ".join(f"{models.count(kind)} x {kind}" for kind in kinds)
+
+
+def _special(instance: Instance, inventory: Inventory) -> object:
+    """What sets an instance apart from those on like GPUs: options, RAM, calibration."""
+    host, engine = instance.host, instance.deployment.engine
+    own = host.name if engine in host.variables or inventory.calibration else ""
+    return own, host.ram_gib if engine == "ollama" else None
+
+
+def judge(instance: Instance, inventory: Inventory) -> Judgement:
+    """What to expect of one instance; unknown for engines without a model of their memory."""
+    folder, engine = Path(inventory.folder), instance.deployment.engine
+    models = _gpus(instance)
+    if len(models) < len(instance.gpus):
+        return Judgement("unknown", "the host has fewer GPUs")
+    try:
+        known = sizing.shape(instance.deployment.model, folder)
+        gpu = sizing.smallest_gpu(models) if models else None
+    except CapacityError as error:
+        return Judgement("unknown", str(error))
+    learned = corrected(instance, inventory.calibration, gpu)
+    try:
+        if engine == "ollama":
+            return _ollama(instance, known.dimensions, gpu, learned)
+        if engine in _LIKE_VLLM and gpu is not None:
+            setup = sizing.setup(instance, known, gpu, learned)
+            if (instance.deployment.model.attention_heads or 0) % setup.tensor_parallel:
+                return Judgement("unknown", "tensor parallelism does not divide its heads")
+            return judge_setup(setup, len(instance.host.gpus))
+    except CapacityError as error:
+        return Judgement("impossible", str(error))
+    return Judgement("unknown", f"nothing is known of {engine}'s memory")
+
+
+def corrected(instance: Instance, learned: Mapping[str, int], gpu: GpuSpec | None) -> int:
+    """Bytes that an earlier run of this very instance taught."""
+    return learned.get(calibration.key(instance, gpu.name if gpu else "CPU"), 0) if learned else 0
+
+
+@lru_cache(maxsize=4096)
+def judge_setup(setup: Setup, gpus: int = 1) -> Judgement:
+    """The judgement of a setup on a host of so many GPUs. Raises CapacityError for nonsense."""
+    found = capacity.predict(setup)
+    remedy = ""
+    if found.verdict != "fits":
+        remedy = remedied(setup, gpus)
+    length, (low, high) = found.context, found.kv_tokens_range
+    share = found.concurrency / found.kv_tokens if found.kv_tokens else 0.0
+
+    def at_once(tokens: int) -> int:
+        return min(int(tokens * share), found.sequences)
+
+    fits = found.verdict != "does not fit"
+    return Judgement(
+        found.verdict,
+        found.reason,
+        remedy,
+        requests=capacity.carried(found) if fits else 0,
+        spread=(at_once(low), at_once(high)) if fits else (0, 0),
+        context=length,
+        kv_tokens=max(0, found.kv_tokens),
+        rough=found.rough,
+    )
+
+
+def remedied(setup: Setup, gpus: int) -> str:
+    """The smallest change after which a setup fits, in words and the inventory's options."""
+    change = capacity.smallest_change(setup, gpus)
+    if change is None:
+        return "no change of options makes it fit: a smaller model, or GPUs with more memory"
+    options = ", ".join(f"{OPTIONS.get(name, name)}: {value}" for name, value in change.options)
+    text = change.text.partition("together: ")
+    return f"{text[0] or 'several changes together'} ({options})"
+
+
+def ollama(
+    model: Dimensions, weights: str, options: Mapping[str, Any], memory: int, ram: int
+) -> OllamaPrediction:
+    """Ollama's prediction with a deployment's options. Raises CapacityError for nonsense."""
+    length = int(options.get("context_length") or 0)
+    return capacity.predict_ollama(
+        model,
+        weights=weights,
+        gpu_memory=max(0, memory),
+        ram=ram,
+        context=min(length, model.context) or None,  # it shortens what is too long by itself
+        parallel=int(options.get("num_parallel") or 1),
+        kv_dtype=str(options.get("kv_cache_type") or "f16"),
+        flash_attention=bool(options.get("flash_attention", True)),
+    )
+
+
+def _ollama(instance: Instance, model: Dimensions, gpu: GpuSpec | None, learned: int) -> Judgement:
+    memory = sum(capacity.gpu(name).memory for name in _gpus(instance)) if gpu else 0
+    ram = memory_of(instance.host)
+    weights = sizing.gguf(instance.deployment.model, model)
+    parallel = int(instance.options.get("num_parallel") or 1)
+    enough = ram if ram is not None else 1 << 62
+    found = ollama(model, weights, instance.options, memory - learned, enough)
+    context = found.context
+    size = f"{(found.total + learned) / GIB:.1f} GiB"
+    if found.where == "does not fit":
+        said = f"it takes {size}, and the host has {memory / GIB:.1f} GiB on GPUs and "
+        said += f"{(ram or 0) / GIB:.0f} GiB of RAM"
+        return Judgement("does not fit", said, "a shorter context_length, or a smaller model")
+    if gpu and found.where != "gpu":
+        said = f"only {found.gpu_layers} of {found.layers} layers find room on the GPU"
+        said += "; the rest runs on the CPU, many times slower"
+        change = "a shorter context_length, fewer num_parallel, or kv_cache_type: q8_0"
+        return Judgement("tight", said, change, parallel, (parallel, parallel), context, 0,
+                         found.rough)  # fmt: skip
+    return Judgement("fits", "", "", parallel, (parallel, parallel), context, 0, found.rough)
+
+
+def memory_of(host: Host) -> int | None:
+    """A host's RAM in bytes, where the inventory tells it."""
+    return None if host.ram_gib is None else int(host.ram_gib * GIB)
+
+
+def prediction(instance: Instance, inventory: Inventory) -> Prediction | None:
+    """The prediction of a vLLM instance, where its model and GPU are known."""
+    models = _gpus(instance)
+    if instance.deployment.engine not in _LIKE_VLLM or not models:
+        return None
+    try:
+        known = sizing.shape(instance.deployment.model, Path(inventory.folder))
+        gpu = sizing.smallest_gpu(models)
+        learned = corrected(instance, inventory.calibration, gpu)
+        return capacity.predict(sizing.setup(instance, known, gpu, learned))
+    except CapacityError:
+        return None
+
+
+def line(found: Outlook, users: int) -> str:
+    """One line for people: what fits, how many requests at once, next to the phase's users."""
+    where = f" on {found.gpu}" if found.gpu else " on the CPU"
+    each = found.judgement
+    many = f"{found.instances} instance{'s' if found.instances > 1 else ''}"
+    head = f"{found.deployment}: {many}{where}"
+    if each.verdict == "unknown":
+        return f"{head}; memory not predicted: {each.reason}"
+    if each.verdict in ("does not fit", "impossible"):
+        return f"{head}: {each.verdict}: {each.reason}"
+    low, high = (found.instances * bound for bound in each.spread)
+    around = f" (between {low} and {high})" if low != high else ""
+    said = (
+        f"{head}, expected to carry {found.requests} requests of {each.context} tokens at once"
+        f"{around}; the phase is for {users} user{'s' if users > 1 else ''}"
+    )
+    return said + (f"; {each.verdict}: {each.reason}" if each.reason else "")
+
+
+def details(found: Outlook, users: int) -> dict[str, Any]:
+    """The same for programs."""
+    each = found.judgement
+    return {
+        "deployment": found.deployment, "gpu": found.gpu, "hosts": list(found.hosts),
+        "instances": found.instances, "verdict": each.verdict, "reason": each.reason,
+        "remedy": each.remedy, "requests": found.requests, "context": each.context,
+        "requests_per_instance": each.requests, "range_per_instance": list(each.spread),
+        "kv_tokens": each.kv_tokens, "rough": each.rough, "users": users,
+    }  # fmt: skip
+
+
+def placed(plan: Plan) -> Iterator[str]:
+    """Where the planner put the deployments whose instances it packs, a line each."""
+    where: dict[str, dict[str, list[str]]] = {}
+    for instance in plan.instances():
+        if instance.deployment.instances is not None:
+            hosts = where.setdefault(instance.deployment.name, {})
+            gpus = ",".join(map(str, instance.gpus))
+            hosts.setdefault(instance.host.name, []).append(gpus)
+    for name, hosts in where.items():
+        said = "; ".join(f"{host} GPUs {' | '.join(groups)}" for host, groups in hosts.items())
+        yield f"{name} placed: {said}"
