@@ -119,4 +119,5 @@ def _make_certificate(folder: Path, addresses: Sequence[str]) -> None:
     )
     (folder / "tls.key").touch(mode=0o600)
     (folder / "tls.key").write_bytes(private)
+    (folder / "tls.crt").touch(mode=0o600)  # as it is referred to, it counts as a secret too
     (folder / "tls.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
