@@ -135,7 +135,7 @@ def render(
         plan = project.plan(name, rehearse=rehearse)
         folder = Path(output) if output else Path("build") / name
         bundles = project.bundles(plan, project.chosen(plan, limit))
-        indexes[name] = tree.write(folder, bundles)
+        indexes[name] = tree.write(folder, bundles, plan)
         if not json:
             files = sum(len(host["files"]) for host in indexes[name].values())
             print(f"{folder}/: {files} files for {len(bundles)} hosts, and {tree.INDEX}")
@@ -166,15 +166,15 @@ def plan(
     from inferfleet.secrets import Tolerant
 
     project = _project(inventory)
+    expected = _expected(project, phase, rehearse, quiet=json)
     surveyed, failures = _survey(project, phase, limit, rehearse, Tolerant(project.secrets))
     diffs = [host.diff for host in surveyed]
     if json:
         from dataclasses import asdict
 
         failed = {result.host: result.error for result in failures}
-        report.as_json(
-            {"ok": not failures, "hosts": {d.host: asdict(d) for d in diffs}, "failed": failed}
-        )
+        hosts = {diff.host: asdict(diff) for diff in diffs}
+        report.as_json({"ok": not failures, "hosts": hosts, "failed": failed, **expected})
     else:
         _show_plan(surveyed, failures)
     for host in surveyed:
@@ -182,6 +182,21 @@ def plan(
     if failures:
         return PROBLEMS
     return USAGE if detailed_exitcode and any(diffs) else FINE
+
+
+def _expected(
+    project: Project, phase: str, rehearse: bool, *, quiet: bool
+) -> dict[str, list[dict[str, Any]]]:
+    """Say what each deployment is expected to carry and where it was placed; also for JSON."""
+    from inferfleet import outlook
+
+    plan = project.plan(phase, rehearse=rehearse)
+    _warn(project, quiet=quiet)
+    found = outlook.outlooks(plan, project.inventory)
+    if not quiet:
+        for line in [*outlook.placed(plan), *(outlook.line(o, plan.phase.users) for o in found)]:
+            print(line)
+    return {"capacity": [outlook.details(o, plan.phase.users) for o in found]}
 
 
 def _survey(
@@ -251,6 +266,7 @@ def provision(
     if json and not yes:
         raise UsageError("--json cannot ask: add --yes")
     project = _project(inventory)
+    expected = _expected(project, phase, rehearse, quiet=json)
     surveyed, results = _survey(project, phase, limit, rehearse, project.secrets)
     try:
         plan = project.plan(phase, rehearse=rehearse)
@@ -272,7 +288,8 @@ def provision(
     if json:
         from dataclasses import asdict
 
-        report.as_json({"ok": _all_fine(results), "hosts": {r.host: asdict(r) for r in results}})
+        hosts = {result.host: asdict(result) for result in results}
+        report.as_json({"ok": _all_fine(results), "hosts": hosts, **expected})
     elif any(result.status != "unchanged" for result in results):
         report.show_results(report.console(), results)
     return FINE if _all_fine(results) else PROBLEMS

@@ -10,22 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from inferfleet.errors import Error
-from inferfleet.model import Artefact, Bundle
+from inferfleet.model import Artefact, Bundle, Plan
 
 INDEX = "index.json"
 _MADE_BY = "inferfleet render"
 
 
-def write(folder: Path, bundles: Iterable[Bundle]) -> dict[str, dict[str, Any]]:
+def write(
+    folder: Path, bundles: Iterable[Bundle], plan: Plan | None = None
+) -> dict[str, dict[str, Any]]:
     """Write the bundles below `folder` and remove what an earlier render left there.
 
     The tree is the same, byte for byte, for the same inventory. A folder that is not empty and
-    was not made by a render is refused. Returns the index: per host its files and ensures.
+    was not made by a render is refused. Returns the index: per host its files and ensures, and
+    with the plan its engine instances and their GPUs.
     """
     _clear(folder)
     index: dict[str, dict[str, Any]] = {}
     for bundle in bundles:
         index[bundle.host.name] = entry(bundle)
+        if plan:
+            index[bundle.host.name]["instances"] = _instances(plan, bundle)
         for artefact in bundle.artefacts:
             path = folder / bundle.host.name / artefact.path.removeprefix("/")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,6 +48,11 @@ def entry(bundle: Bundle) -> dict[str, Any]:
         "files": [_file(artefact) for artefact in bundle.artefacts],
         "ensures": [asdict(ensure) for ensure in bundle.ensures],
     }
+
+
+def _instances(plan: Plan, bundle: Bundle) -> list[dict[str, Any]]:
+    found = [i for step in plan.steps[bundle.host.name] for i in step.instances]
+    return [{"name": i.name, "port": i.port, "gpus": list(i.gpus)} for i in found]
 
 
 def _file(artefact: Artefact) -> dict[str, Any]:
