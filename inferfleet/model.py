@@ -152,6 +152,13 @@ class Instance:
         """Its systemd unit; named by what is served, so that changing the engine replaces it."""
         return f"inferfleet-{self.name}.service"
 
+    @property
+    def endpoint(self) -> str:
+        """`address:port` as URLs write it, an IPv6 address in brackets."""
+        return (
+            f"[{self.listen}]:{self.port}" if ":" in self.listen else f"{self.listen}:{self.port}"
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Step:

@@ -16,6 +16,7 @@ from inferfleet.errors import RenderError
 _WORD = re.compile(r"[A-Za-z0-9_.:/@+,=~\[\]*-]+")
 _BEARER = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750, section 2.1: b64token
 _BARE = re.compile(r"[A-Za-z0-9_./:=,@+-]+")
+_UNIT = re.compile(r"[A-Za-z0-9:_.@\\-]+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _NOT_YAML = re.compile(r'["\\]|[^ -~]')
 
@@ -74,6 +75,13 @@ def unit_environment(value: object, name: str) -> Quoted:
     return Quoted(f'"{word(name)}={text}"')
 
 
+def unit_name(value: object) -> Quoted:
+    """A unit's name where units are listed: a backslash stands for itself there."""
+    if not _UNIT.fullmatch(str(value)):
+        raise RenderError(f"{str(value)!r} is not the name of a unit")
+    return Quoted(value)
+
+
 def unit_text(value: object) -> Quoted:
     """Free text such as `Description=`: shown to people, so controls become spaces."""
     text = _CONTROL.sub(" ", str(value)).replace("\\", " ").replace("%", "%%")
@@ -85,7 +93,7 @@ def environment_file(value: object) -> Quoted:
     text = str(value)
     if _CONTROL.search(text):
         raise RenderError("an environment file cannot hold control characters or line breaks")
-    return Quoted('"' + re.sub(r'(["\\$`])', r"\\\1", text) + '"')
+    return Quoted('"' + re.sub(r'(["\\$])', r"\\\1", text) + '"')
 
 
 def bearer(value: object) -> Quoted:
@@ -139,6 +147,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "unit_argument": unit_argument,
     "unit_command": unit_command,
     "unit_environment": unit_environment,
+    "unit_name": unit_name,
     "unit_text": unit_text,
     "environment_file": environment_file,
     "bearer": bearer,

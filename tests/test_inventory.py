@@ -106,8 +106,8 @@ CASES = {
         ["own.yml:1:55: phases.p.roles.balancr: unknown key (did you mean balancer?)"],
     ),
     "unknown role of a phase": (
-        "phases: {p: {users: 1, why: w, hosts: [gpus], roles: {monitor: {hosts: [edge]}}}}",
-        [f"own.yml:1:55: phases.p.roles.monitor: unknown key; known here: {SERVICES}"],
+        "phases: {p: {users: 1, why: w, hosts: [gpus], roles: {quux: {hosts: [edge]}}}}",
+        [f"own.yml:1:55: phases.p.roles.quux: unknown key; known here: {SERVICES}"],
     ),
     "misspelled host of a phase and of its role": (
         "phases:\n  p:\n    users: 1\n    why: w\n    hosts: [gpu-03]\n"
@@ -129,6 +129,13 @@ CASES = {
             "own.yml:3:13: phases.p: 'hosts' is missing",
             "own.yml:3:13: phases.p: 'users' is missing",
             "own.yml:3:13: phases.p: 'why' is missing",
+        ],
+    ),
+    "a repository that engines would take for an option": (
+        "models: {m: {repository: --trust-remote-code}}",
+        [
+            "own.yml:1:26: models.m.repository: '--trust-remote-code' does not fit: A Hugging Face"
+            " repository, an Ollama tag, or an absolute path on the hosts. (pattern ^[^-])"
         ],
     ),
     "bad name": (

@@ -95,7 +95,7 @@ def pools(step: Step, plan: Plan) -> list[Pool]:
         Pool(
             name=name,
             prefixes=("/v1/", f"/{name}/v1/") if alone else (f"/{name}/v1/",),
-            servers=tuple(_server(instance) for instance in instances),
+            servers=tuple(instance.endpoint for instance in instances),
             key=instances[0].deployment.api_key,
         )
         for name, instances in backends.items()
@@ -108,8 +108,3 @@ def _backends(step: Step, plan: Plan) -> dict[str, list[Instance]]:
     for instance in plan.instances():
         found[instance.deployment.name].append(instance)
     return {name: found[name] for name in found if name in named and found[name]}
-
-
-def _server(instance: Instance) -> str:
-    """Where this balancer reaches an instance: a loopback listener is on its own host."""
-    return f"{instance.listen}:{instance.port}"

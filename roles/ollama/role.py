@@ -77,7 +77,7 @@ def variables(instance: Instance) -> dict[str, str]:
         "HOME": HOME,
         "OLLAMA_CONTEXT_LENGTH": str(options["context_length"]),
         "OLLAMA_FLASH_ATTENTION": "1" if options["flash_attention"] else "0",
-        "OLLAMA_HOST": f"{instance.listen}:{instance.port}",
+        "OLLAMA_HOST": instance.endpoint,
         "OLLAMA_KEEP_ALIVE": options["keep_alive"],
         "OLLAMA_KV_CACHE_TYPE": options["kv_cache_type"],
         "OLLAMA_MODELS": f"{HOME}/models",
@@ -100,7 +100,7 @@ def _installed(version: str, download: str, sha256: str) -> Ensure:
 def _pulled(instance: Instance) -> Ensure:
     """The model, under the name clients ask for."""
     model = instance.deployment.model
-    client = f"OLLAMA_HOST={instance.listen}:{instance.port} {BINARY}"
+    client = f"OLLAMA_HOST={sh(instance.endpoint)} {BINARY}"
     run = f"{client} pull {sh(model.repository)}"
     if model.served_name != model.repository:
         run += f" && {client} cp {sh(model.repository)} {sh(model.served_name)}"
