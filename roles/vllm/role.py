@@ -10,6 +10,7 @@ from typing import Any
 
 from inferfleet.builders import VERIFY_COMPOSE, VERIFY_UNIT, answers, running, system_user
 from inferfleet.model import Artefact, Ensure, Instance, Plan, Render, Secret, Step, sh
+from inferfleet.modelpath import CachedModel, cached
 
 KIND = "engine"
 CACHE = "/var/cache/inferfleet"
@@ -33,9 +34,9 @@ def artefacts(step: Step, plan: Plan, render: Render) -> Iterator[Artefact | Ens
     for instance in step.instances:
         yield _environment(instance, render)
         if instance.options["runtime"] == "docker":
-            yield from _docker(instance, render)
+            yield from _docker(instance, cached(instance, plan), render)
         else:
-            yield from _native(instance, render)
+            yield from _native(instance, cached(instance, plan), render)
     for instance in step.instances:
         timeout = instance.options["startup_timeout"]
         yield running(instance.unit)
@@ -67,12 +68,15 @@ def tensor_parallel(instance: Instance) -> int:
     return given or max(1, gpus // int(instance.options["pipeline_parallel"]))
 
 
-def arguments(instance: Instance, host: str, port: int) -> list[str]:
-    """What follows `vllm serve`: the model first, everything explicit that has to match."""
+def arguments(instance: Instance, host: str, port: int, folder: str = "") -> list[str]:
+    """What follows `vllm serve`: the model first, everything explicit that has to match.
+
+    `folder` is where the model lies when it is cached; else the engine fetches it itself.
+    """
     options, model = instance.options, instance.deployment.model
-    line = [model.repository, "--host", host, "--port", str(port)]
+    line = [folder or model.repository, "--host", host, "--port", str(port)]
     line += ["--served-model-name", model.served_name]
-    if model.revision and not model.repository.startswith("/"):
+    if model.revision and not line[0].startswith("/"):
         line += ["--revision", model.revision]
     line += ["--tensor-parallel-size", str(tensor_parallel(instance))]
     if options["pipeline_parallel"] > 1:
@@ -112,9 +116,10 @@ def secrets(instance: Instance) -> list[tuple[str, Secret]]:
     return [(name, secret) for name, secret in found if secret is not None]
 
 
-def variables(instance: Instance) -> dict[str, str]:
-    """The engine's other environment variables, sorted by name."""
+def variables(instance: Instance, *, offline: bool = False) -> dict[str, str]:
+    """The engine's other environment variables, sorted by name; `offline` asks no hub."""
     own = {"VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1"}
+    own |= {"HF_HUB_OFFLINE": "1"} if offline else {}
     return dict(sorted((own | dict(instance.options["environment"])).items()))
 
 
@@ -128,7 +133,10 @@ def _environment(instance: Instance, render: Render) -> Artefact:
     )
 
 
-def _docker(instance: Instance, render: Render) -> Iterator[Artefact | Ensure]:
+def _docker(
+    instance: Instance, model_cache: CachedModel | None, render: Render
+) -> Iterator[Artefact | Ensure]:
+    folder = model_cache.folder if model_cache else ""
     options, model = instance.options, instance.deployment.model
     compose = f"/etc/inferfleet/{instance.name}/compose.yml"
     image = options.get("image", f"vllm/vllm-openai:v{options['version']}")
@@ -147,12 +155,12 @@ def _docker(instance: Instance, render: Render) -> Iterator[Artefact | Ensure]:
         restarts=(instance.unit,),
         project=f"inferfleet-{instance.name}",
         image=image,
-        arguments=arguments(instance, "0.0.0.0", CONTAINER_PORT),  # noqa: S104 - in the container
-        variables=variables(instance),
+        arguments=arguments(instance, "0.0.0.0", CONTAINER_PORT, folder),  # noqa: S104 - inside
+        variables=variables(instance, offline=bool(folder)),
         published=f"{instance.listen}:{instance.port}:{CONTAINER_PORT}",
         gpus=instance.gpus,
         cache=CACHE,
-        mounted=model.repository if model.repository.startswith("/") else "",
+        mounted=folder or (model.repository if model.repository.startswith("/") else ""),
         shm_size=options["shm_size"],
         start_period=options["startup_timeout"],
         stop_timeout=stop_timeout,
@@ -164,27 +172,32 @@ def _docker(instance: Instance, render: Render) -> Iterator[Artefact | Ensure]:
         restarts=(instance.unit,),
         description=f"vLLM {instance.name} ({model.served_name}) in Docker",
         compose=compose,
+        model_cache=model_cache,
         cache=CACHE,
         stop_timeout=stop_timeout,
     )
 
 
-def _native(instance: Instance, render: Render) -> Iterator[Artefact | Ensure]:
+def _native(
+    instance: Instance, model_cache: CachedModel | None, render: Render
+) -> Iterator[Artefact | Ensure]:
+    folder = model_cache.folder if model_cache else ""
     options = instance.options
     venv = options.get("venv", f"/opt/inferfleet/vllm-{options['version']}")
     yield system_user("inferfleet")
     if "venv" not in options:
         yield _installed(venv, options["version"])
-    command = [f"{venv}/bin/vllm", "serve", *arguments(instance, instance.listen, instance.port)]
+    line = arguments(instance, instance.listen, instance.port, folder)
     yield render(
         f"/etc/systemd/system/{instance.unit}",
         "vllm-native.service.j2",
         validate=VERIFY_UNIT,
         restarts=(instance.unit,),
         description=f"vLLM {instance.name} ({instance.deployment.model.served_name})",
-        command=command,
+        command=[f"{venv}/bin/vllm", "serve", *line],
+        model_cache=model_cache,
         environment=f"/etc/inferfleet/{instance.name}/engine.env",
-        variables=_devices(instance) | variables(instance),
+        variables=_devices(instance) | variables(instance, offline=bool(folder)),
         cache=CACHE,
         search_path=f"{venv}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         stop_timeout=options["shutdown_timeout"] + MARGIN,
