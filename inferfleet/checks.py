@@ -165,8 +165,12 @@ def _ports(built: Plan, library: Library) -> Iterator[Fault]:
 def _roles(built: Plan, library: Library) -> Iterator[Fault]:
     for steps in built.steps.values():
         for step in steps:
-            for option, message in library.role(step.role).check(step, built):
+            role = library.role(step.role)
+            for option, message in role.check(step, built):
                 yield Fault(_keys(built, step.instances, step.role, option), message)
+            for option, message in role.warnings(step, built):
+                keys = _keys(built, step.instances, step.role, option)
+                yield Fault(keys, message, warning=True)
 
 
 def _memory(built: Plan, inventory: Inventory) -> Iterator[Fault]:

@@ -100,6 +100,12 @@ class Role:
         found = getattr(self.module, "preflight", None)
         return found(step, plan, facts) if found else ()
 
+    def warnings(self, step: Step, plan: Plan) -> Iterable[tuple[str, str]]:
+        """What only the role can see and what works nevertheless: (option, what to know)."""
+        found: Callable[[Step, Plan], Iterable[tuple[str, str]]] | None
+        found = getattr(self.module, "warnings", None)
+        return found(step, plan) if found else ()
+
     def ports(self, step: Step) -> tuple[int, ...]:
         """TCP ports the step listens on."""
         own: Callable[[Step], Iterable[int]] | None = getattr(self.module, "ports", None)
