@@ -14,6 +14,8 @@ from inferfleet.facts.weights import weight_bytes
 from inferfleet.model import Finding, Instance
 
 RESERVED = 0.015  # of a GPU's memory, which the driver counts and CUDA does not
+_VARIANTS = {"ti", "super", "laptop", "nvl"}  # words that make it another GPU
+_SLICE = re.compile(r"[0-9]g\.[0-9]+gb.*")
 _BF16 = (8, 0)  # vLLM platforms/cuda.py check_if_supports_dtype
 
 
@@ -66,11 +68,12 @@ def same_model(inventory: str, found: str) -> bool:
         return gpu(inventory).name == gpu(found).name
     except CapacityError:
         ours, theirs = _words(inventory), _words(found)
-        return all(word in theirs for word in ours)
+        telling = {word for word in theirs if word in _VARIANTS or _SLICE.fullmatch(word)}
+        return ours - {"mig"} <= theirs and telling <= ours
 
 
-def _words(name: str) -> list[str]:
-    return re.findall(r"[a-z]+[0-9.]*[a-z]*|[0-9][0-9a-z.]*", name.lower())
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z]+[0-9.]*[a-z]*|[0-9][0-9a-z.+]*", name.lower()))
 
 
 def driver(case: Case) -> Iterator[Finding]:

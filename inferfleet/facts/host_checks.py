@@ -39,9 +39,9 @@ def ports(case: Case) -> Iterator[Finding]:
         return
     for who, address, port in case.ports:
         for listener in case.facts.listeners:
-            if listener.port == port and _clash(address, listener.address):
-                if not (case.ours(listener) or _published(case, listener)):
-                    yield _taken(case, who, port, listener)
+            held = listener.port == port and _clash(address, listener.address)
+            if held and not (case.ours(listener) or _published(case, listener)):
+                yield _taken(case, who, port, listener)
                 break
 
 
