@@ -227,12 +227,15 @@ def prediction(instance: Instance, inventory: Inventory) -> Prediction | None:
         return None
 
 
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def line(found: Outlook, users: int) -> str:
     """One line for people: what fits, how many requests at once, next to the phase's users."""
     where = f" on {found.gpu}" if found.gpu else " on the CPU"
     each = found.judgement
-    many = f"{found.instances} instance{'s' if found.instances > 1 else ''}"
-    head = f"{found.deployment}: {many}{where}"
+    head = f"{found.deployment}: {_many(found.instances, 'instance')}{where}"
     if each.verdict == "unknown":
         return f"{head}; memory not predicted: {each.reason}"
     if each.verdict in ("does not fit", "impossible"):
@@ -240,8 +243,9 @@ def line(found: Outlook, users: int) -> str:
     low, high = (found.instances * bound for bound in each.spread)
     around = f" (between {low} and {high})" if low != high else ""
     said = (
-        f"{head}, expected to carry {found.requests} requests of {each.context} tokens at once"
-        f"{around}; the phase is for {users} user{'s' if users > 1 else ''}"
+        f"{head}, expected to carry {_many(found.requests, 'request')} of {each.context} tokens at "
+        "once"
+        f"{around}; the phase is for {_many(users, 'user')}"
     )
     return said + (f"; {each.verdict}: {each.reason}" if each.reason else "")
 

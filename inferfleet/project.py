@@ -52,6 +52,13 @@ class Project:
             raise UsageError(f"there is no phase '{name}'{did_you_mean(name, phases)}; {known}")
         return phases[name]
 
+    def host(self, name: str) -> Host:
+        """The host called `name`. Raises UsageError when there is none."""
+        hosts = self.inventory.hosts
+        if name not in hosts:
+            raise UsageError(f"there is no host '{name}'{did_you_mean(name, hosts)}")
+        return hosts[name]
+
     def plan(self, name: str | None, *, rehearse: bool = False) -> Plan:
         return plans.build(self.inventory, self.phase(name), self.library, rehearse=rehearse)
 

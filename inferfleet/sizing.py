@@ -111,9 +111,12 @@ def _plain(name: str) -> str:
 
 def stored(model: Model, dimensions: Dimensions) -> str:
     """How the published weights are stored: as the inventory says, else as its name does."""
-    if model.quantization:
-        return model.quantization
-    name = model.repository.lower()
+    return model.quantization or stored_as(model.repository, dimensions)
+
+
+def stored_as(repository: str, dimensions: Dimensions) -> str:
+    """How a repository's weights are stored, by the ending of its name."""
+    name = repository.lower()
     return next((kind for ending, kind in _FORMATS if name.endswith(ending)), dimensions.native)
 
 
