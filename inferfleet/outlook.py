@@ -5,7 +5,7 @@ but for the config.json that a model may name.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -20,18 +20,20 @@ from inferfleet.capacity import (
     Prediction,
     Setup,
 )
+from inferfleet.capacity.quantization import kv_bytes, quantization
 from inferfleet.model import Host, Instance, Inventory, Plan
 
 Verdict = Literal["fits", "tight", "does not fit", "impossible", "unknown"]
-_LIKE_VLLM = ("vllm",)
-OPTIONS = {  # vLLM's flags by the inventory's names, where a remedy sets them
-    "max-model-len": "max_model_len",
-    "max-num-seqs": "max_num_seqs",
-    "max-num-batched-tokens": "max_num_batched_tokens",
-    "gpu-memory-utilization": "gpu_memory_utilization",
-    "kv-cache-dtype": "kv_cache_dtype",
-    "tensor-parallel-size": "gpus_per_instance",
-    "quantization": "quantization",
+_NAMES = {  # what the inventory calls vLLM's flags that a remedy sets, where it is not the same
+    "vllm": {"tensor-parallel-size": "gpus_per_instance"},
+    "tgi": {
+        "tensor-parallel-size": "gpus_per_instance",
+        "max-model-len": "max_total_tokens",
+        "max-num-seqs": "max_concurrent_requests",
+        "max-num-batched-tokens": "max_batch_prefill_tokens",
+        "gpu-memory-utilization": "cuda_memory_fraction",
+        "quantization": "quantize",
+    },
 }
 
 
@@ -112,20 +114,31 @@ def judge(instance: Instance, inventory: Inventory) -> Judgement:
     try:
         known = sizing.shape(instance.deployment.model, folder)
         gpu = sizing.smallest_gpu(models) if models else None
+        if engine == "ollama":
+            return _ollama(instance, inventory)
+        setup = _setup(instance, inventory, known, gpu) if gpu else None
+        if setup is None:
+            return Judgement("unknown", f"nothing is known of {engine}'s memory on its hosts")
+        quantization(setup.quantization or setup.model.native)
+        kv_bytes(setup.kv_dtype)
     except CapacityError as error:
         return Judgement("unknown", str(error))
-    learned = corrected(instance, inventory.calibration, gpu)
+    if (instance.deployment.model.attention_heads or 0) % setup.tensor_parallel:
+        return Judgement("unknown", "tensor parallelism does not divide its heads")
     try:
-        if engine == "ollama":
-            return _ollama(instance, known.dimensions, gpu, learned)
-        if engine in _LIKE_VLLM and gpu is not None:
-            setup = sizing.setup(instance, known, gpu, learned)
-            if (instance.deployment.model.attention_heads or 0) % setup.tensor_parallel:
-                return Judgement("unknown", "tensor parallelism does not divide its heads")
-            return judge_setup(setup, len(instance.host.gpus))
+        return judge_setup(setup, len(instance.host.gpus), engine)
     except CapacityError as error:
         return Judgement("impossible", str(error))
-    return Judgement("unknown", f"nothing is known of {engine}'s memory")
+
+
+def _setup(
+    instance: Instance, inventory: Inventory, known: sizing.Shape, gpu: GpuSpec
+) -> Setup | None:
+    engine = instance.deployment.engine
+    if engine == "vllm":
+        learned = corrected(instance, inventory.calibration, gpu)
+        return sizing.setup(instance, known, gpu, learned)
+    return sizing.tgi_setup(instance, known, gpu) if engine == "tgi" else None
 
 
 def corrected(instance: Instance, learned: Mapping[str, int], gpu: GpuSpec | None) -> int:
@@ -134,12 +147,12 @@ def corrected(instance: Instance, learned: Mapping[str, int], gpu: GpuSpec | Non
 
 
 @lru_cache(maxsize=4096)
-def judge_setup(setup: Setup, gpus: int = 1) -> Judgement:
+def judge_setup(setup: Setup, gpus: int = 1, engine: str = "vllm") -> Judgement:
     """The judgement of a setup on a host of so many GPUs. Raises CapacityError for nonsense."""
     found = capacity.predict(setup)
     remedy = ""
     if found.verdict != "fits":
-        remedy = remedied(setup, gpus)
+        remedy = remedied(setup, gpus, engine)
     length, (low, high) = found.context, found.kv_tokens_range
     share = found.concurrency / found.kv_tokens if found.kv_tokens else 0.0
 
@@ -159,12 +172,13 @@ def judge_setup(setup: Setup, gpus: int = 1) -> Judgement:
     )
 
 
-def remedied(setup: Setup, gpus: int) -> str:
-    """The smallest change after which a setup fits, in words and the inventory's options."""
+def remedied(setup: Setup, gpus: int, engine: str = "vllm") -> str:
+    """The smallest change after which a setup fits, in words and the engine's options."""
     change = capacity.smallest_change(setup, gpus)
     if change is None:
         return "no change of options makes it fit: a smaller model, or GPUs with more memory"
-    options = ", ".join(f"{OPTIONS.get(name, name)}: {value}" for name, value in change.options)
+    own = {name: _NAMES[engine].get(name, name.replace("-", "_")) for name, _ in change.options}
+    options = ", ".join(f"{own[name]}: {value}" for name, value in change.options)
     text = change.text.partition("together: ")
     return f"{text[0] or 'several changes together'} ({options})"
 
@@ -186,26 +200,48 @@ def ollama(
     )
 
 
-def _ollama(instance: Instance, model: Dimensions, gpu: GpuSpec | None, learned: int) -> Judgement:
-    memory = sum(capacity.gpu(name).memory for name in _gpus(instance)) if gpu else 0
+@dataclass(frozen=True, slots=True)
+class Local:
+    """An Ollama on a host: its prediction, its GPUs' memory and the host's RAM in bytes."""
+
+    prediction: OllamaPrediction
+    gpu: GpuSpec | None
+    memory: int
+    ram: int | None
+    learned: int  # bytes by which earlier runs corrected it
+
+
+def ollama_of(instance: Instance, inventory: Inventory) -> Local:
+    """What to expect of an Ollama instance. Raises CapacityError where nothing is known."""
+    model, models = instance.deployment.model, _gpus(instance)
+    known = sizing.shape(model, Path(inventory.folder)).dimensions
+    gpu = sizing.smallest_gpu(models) if models else None
+    memory = sum(capacity.gpu(name).memory for name in models)
+    learned = corrected(instance, inventory.calibration, gpu)
     ram = memory_of(instance.host)
-    weights = sizing.gguf(instance.deployment.model, model)
-    parallel = int(instance.options.get("num_parallel") or 1)
     enough = ram if ram is not None else 1 << 62
-    found = ollama(model, weights, instance.options, memory - learned, enough)
-    context = found.context
-    size = f"{(found.total + learned) / GIB:.1f} GiB"
+    weights = sizing.gguf(model, known)
+    found = ollama(known, weights, instance.options, memory - learned, enough)
+    return Local(found, gpu, memory, ram, learned)
+
+
+def _ollama(instance: Instance, inventory: Inventory) -> Judgement:
+    local = ollama_of(instance, inventory)
+    found, parallel = local.prediction, int(instance.options.get("num_parallel") or 1)
     if found.where == "does not fit":
-        said = f"it takes {size}, and the host has {memory / GIB:.1f} GiB on GPUs and "
-        said += f"{(ram or 0) / GIB:.0f} GiB of RAM"
+        size = f"{(found.total + local.learned) / GIB:.1f} GiB"
+        said = f"it takes {size}, and the host has {local.memory / GIB:.1f} GiB on GPUs and "
+        said += f"{(local.ram or 0) / GIB:.0f} GiB of RAM"
         return Judgement("does not fit", said, "a shorter context_length, or a smaller model")
-    if gpu and found.where != "gpu":
-        said = f"only {found.gpu_layers} of {found.layers} layers find room on the GPU"
-        said += "; the rest runs on the CPU, many times slower"
-        change = "a shorter context_length, fewer num_parallel, or kv_cache_type: q8_0"
-        return Judgement("tight", said, change, parallel, (parallel, parallel), context, 0,
-                         found.rough)  # fmt: skip
-    return Judgement("fits", "", "", parallel, (parallel, parallel), context, 0, found.rough)
+    carries = Judgement(
+        "fits", "", "", parallel, (parallel, parallel), found.context, rough=found.rough
+    )  # fmt: skip
+    if local.gpu is None or found.where == "gpu":
+        return carries
+    said = f"only {found.gpu_layers} of {found.layers} layers find room on the GPU"
+    said += "; the rest runs on the CPU, many times slower"
+    change = "a shorter context_length, fewer num_parallel, or kv_cache_type: q8_0"
+    return replace(carries, verdict="tight", reason=said, remedy=change)
 
 
 def memory_of(host: Host) -> int | None:
@@ -216,13 +252,13 @@ def memory_of(host: Host) -> int | None:
 def prediction(instance: Instance, inventory: Inventory) -> Prediction | None:
     """The prediction of a vLLM instance, where its model and GPU are known."""
     models = _gpus(instance)
-    if instance.deployment.engine not in _LIKE_VLLM or not models:
+    if instance.deployment.engine != "vllm" or not models:
         return None
     try:
         known = sizing.shape(instance.deployment.model, Path(inventory.folder))
         gpu = sizing.smallest_gpu(models)
-        learned = corrected(instance, inventory.calibration, gpu)
-        return capacity.predict(sizing.setup(instance, known, gpu, learned))
+        setup = _setup(instance, inventory, known, gpu)
+        return capacity.predict(setup) if setup else None
     except CapacityError:
         return None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -155,6 +155,35 @@ def setup(instance: Instance, known: Shape, gpu: GpuSpec, correction: int = 0) -
         lora=bool(options.get("enable_lora")),
         stretched=_stretched(model, options),
         **{field: options[name] for name, field in _FIELDS.items() if options.get(name)},
+    )
+
+
+_TGI_FIELDS = {
+    "max_total_tokens": "context",
+    "max_batch_prefill_tokens": "batched_tokens",
+    "max_concurrent_requests": "sequences",
+    "cuda_memory_fraction": "utilization",
+}
+_TGI_ROUGH = "TGI's memory is predicted as vLLM's"
+_TGI_CACHE = {"fp8_e4m3fn": "fp8", "fp8_e5m2": "fp8"}
+_TGI_SHORTEST = 4096  # tokens; by default TGI allows as much context as the memory holds
+_TGI_SHARE = 0.9  # of what is free, which its warm-up keeps below by default
+
+
+def tgi_setup(instance: Instance, known: Shape, gpu: GpuSpec) -> Setup:
+    """A TGI instance; only an estimate, as its memory is predicted as vLLM's."""
+    model, options = instance.deployment.model, instance.options
+    own = {field: options[name] for name, field in _TGI_FIELDS.items() if options.get(name)}
+    own.setdefault("context", min(_TGI_SHORTEST, known.dimensions.context))
+    batched = max(own.get("batched_tokens", 0), own.get("sequences", 0))
+    return Setup(
+        model=replace(known.dimensions, rough=_TGI_ROUGH),
+        gpu=gpu,
+        quantization=options.get("quantize") or stored(model, known.dimensions),
+        tensor_parallel=max(1, len(instance.gpus)),
+        kv_dtype=_TGI_CACHE.get(str(options.get("kv_cache_dtype")), "auto"),
+        stretched=True,
+        **{"utilization": _TGI_SHARE} | own | ({"batched_tokens": batched} if batched else {}),
     )
 
 

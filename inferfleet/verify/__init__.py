@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from inferfleet import calibration
 from inferfleet.errors import Error
 from inferfleet.model import Host, Plan
 from inferfleet.project import Project
@@ -43,7 +44,12 @@ def run(
         restarts = junit.with_stem(f"{junit.stem}-restarts")
         arguments = _arguments(project, plan, hosts, restarts, "--fleet-disruptive", "-n", "1")
         _pass(arguments, files, outcome)
-    return outcome.report(junit, as_json=as_json)
+    code = outcome.report(junit, as_json=as_json)
+    if not plan.rehearsal:  # a simulator's memory teaches nothing
+        changed = calibration.record(project.folder, outcome.observed)
+        if changed and not as_json:
+            print(f"{project.folder / calibration.FILE}: {changed} corrected; worth committing.")
+    return code
 
 
 def _pass(arguments: list[str], files: Sequence[Path], outcome: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from rich.markup import escape
 
 from inferfleet import report
+from inferfleet.calibration import Observed
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Outcome:
     def __init__(self, hosts: list[str], *, quiet: bool) -> None:
         self.hosts = hosts
         self.proofs: list[Proof] = []
+        self.observed: list[Observed] = []  # what engines say of their memory
         self.progress = report.Progress(report.console(stderr=True), hosts)
         self.progress.out.quiet = quiet
 
@@ -43,6 +46,8 @@ class Outcome:
                 message=str(said.get("message", "")),
             )
             self.proofs.append(proof)
+            if "calibration" in said:
+                self.observed.append(Observed(**json.loads(str(said["calibration"]))))
             sign = "proved" if proof.passed else "FAILED"
             self.progress.say(proof.host, f"{sign}: {proof.proves}")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ import pytest
 from testinfra.host import Host as Testinfra
 
 from inferfleet import transport
-from inferfleet.model import Instance, Plan, Secret, Step
+from inferfleet.calibration import Observed
+from inferfleet.model import Instance, Inventory, Plan, Secret, Step
 from inferfleet.project import Project
 from inferfleet.secrets import scrub
 from inferfleet.verify import backend
@@ -139,6 +140,24 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 def plan(request: pytest.FixtureRequest) -> Plan:
     """The whole phase."""
     return request.config.stash[_STATE].plan
+
+
+@pytest.fixture(scope="session")
+def inventory(request: pytest.FixtureRequest) -> Inventory:
+    """The whole inventory."""
+    found: Inventory = request.config.stash[_STATE].project.inventory
+    return found
+
+
+@pytest.fixture
+def teach(request: pytest.FixtureRequest) -> Callable[[Observed | None], None]:
+    """Takes what was seen of an engine's memory, for the next prediction; see calibration."""
+
+    def taught(seen: Observed | None) -> None:
+        if seen is not None:
+            request.node.user_properties.append(("calibration", json.dumps(asdict(seen))))
+
+    return taught
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,12 @@
 """Ollama: what every engine proves, and that the model is there under its name."""
 
-from inferfleet.model import Instance
+from collections.abc import Callable
+
+from inferfleet.calibration import Observed
+from inferfleet.model import Instance, Inventory
+from inferfleet.verify import memory
 from inferfleet.verify.proofs import *  # noqa: F403
-from inferfleet.verify.proofs import Ask, url
+from inferfleet.verify.proofs import Ask, chat, url
 
 
 def test_has_the_model(ask: Ask, instance: Instance) -> None:
@@ -19,3 +23,19 @@ def test_keeps_prompts_here(ask: Ask, instance: Instance) -> None:
     answer = ask(url(instance, "/api/status"))
     assert answer.status == 200, answer.error or answer.text[:500]
     assert answer.json().get("cloud", {}).get("disabled") is True
+
+
+def test_uses_its_gpu(
+    ask: Ask,
+    instance: Instance,
+    inventory: Inventory,
+    teach: Callable[[Observed | None], None],
+) -> None:
+    """the loaded model lies on the GPU, where it has one"""
+    answer = ask(url(instance, "/v1/chat/completions"), json=chat(instance))
+    assert answer.status == 200, answer.error or answer.text[:500]
+    wanted = instance.deployment.model.served_name
+    listed = ask(url(instance, "/api/ps")).json()["models"]
+    loaded = next(each for each in listed if each["name"] in (wanted, f"{wanted}:latest"))
+    assert not instance.gpus or loaded["size_vram"] > 0, "it runs on the CPU alone"
+    teach(memory.ollama_observed(instance, inventory, loaded))
