@@ -25,6 +25,10 @@ UNCORRECTED, VOLATILE = 1, 0  # nvmlMemoryErrorType_t, nvmlEccCounterType_t
 LAST_XIDS: dict[str, int] = {}  # by UUID
 
 
+def say(text: str) -> None:
+    print(f"gpu_exporter: {text}", file=sys.stderr, flush=True)
+
+
 def temperature(gpu: Any) -> int:
     return int(nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU))
 
@@ -38,8 +42,8 @@ def utilization(gpu: Any) -> int:
 
 
 def memory(gpu: Any) -> Any:
-    """Version 2 keeps what the driver reserves apart from what is used."""
-    return nvml.nvmlDeviceGetMemoryInfo(gpu, version=nvml.nvmlMemory_v2)
+    """Version 1, which all drivers know; what the driver reserves counts as used."""
+    return nvml.nvmlDeviceGetMemoryInfo(gpu)
 
 
 def clock(gpu: Any) -> int:
@@ -92,7 +96,7 @@ def gpus() -> Iterator[tuple[str, Any]]:
             gpu = nvml.nvmlDeviceGetHandleByIndex(index)
             yield labels(index, gpu), gpu
         except nvml.NVMLError as error:
-            print(f"gpu_exporter: GPU {index}: {error}", file=sys.stderr, flush=True)
+            say(f"GPU {index}: {error}")
 
 
 def lines() -> Iterator[str]:
@@ -111,11 +115,11 @@ def lines() -> Iterator[str]:
 def watch() -> None:
     """Remember the last Xid of each GPU for as long as this runs."""
     events = nvml.nvmlEventSetCreate()
-    for _, gpu in gpus():
+    for label, gpu in gpus():
         try:
             nvml.nvmlDeviceRegisterEvents(gpu, nvml.nvmlEventTypeXidCriticalError, events)
         except nvml.NVMLError as error:
-            print(f"gpu_exporter: no Xids from a GPU: {error}", file=sys.stderr, flush=True)
+            say(f"Xids stay unknown of {label}: {error}")
     while True:
         try:
             event = nvml.nvmlEventSetWait_v2(events, 60_000)
@@ -150,11 +154,11 @@ def main() -> int:
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
-        print(f"gpu_exporter: {error}", file=sys.stderr)
+        say(str(error))
         return 1
     threading.Thread(target=watch, daemon=True).start()
     with ThreadingHTTPServer((address, port), Handler) as server:
-        print(f"gpu_exporter: on {address}:{server.server_port}", flush=True)
+        say(f"on {address}:{server.server_port}")
         server.serve_forever()
     return 0
 

@@ -20,6 +20,12 @@ TIMER = "inferfleet-probes.timer"
 PROBES = "/opt/inferfleet/node-exporter/probes"
 FOLDER = "/run/inferfleet-probes"  # where the probes write, and node_exporter reads
 DISTRIBUTION = "prometheus-node-exporter"
+# its own list with file systems in memory, and without overlay, which is a diskless host's root
+NO_DISKS = (
+    "autofs|binfmt_misc|bpf|cgroup2?|configfs|debugfs|devpts|devtmpfs|fusectl|hugetlbfs|iso9660|"
+    "mqueue|nsfs|proc|procfs|pstore|ramfs|rpc_pipefs|securityfs|selinuxfs|squashfs|sysfs|tmpfs|"
+    "tracefs"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,7 @@ def probes(step: Step, plan: Plan) -> Probes:
 
 def _command(listen: str, wanted: Probes) -> list[str]:
     line = [f"/usr/bin/{DISTRIBUTION}", f"--web.listen-address={listen}"]
+    line.append(f"--collector.filesystem.fs-types-exclude=^({NO_DISKS})$")
     if wanted.tls_ports or wanted.engines:
         line.append(f"--collector.textfile.directory={FOLDER}")
     return line
