@@ -55,6 +55,17 @@ def system_user(name: str) -> Ensure:
     )
 
 
+def image_present(image: str, tool: str = "docker") -> Ensure:
+    """The container image is on the host, before anything that runs it is stopped or started."""
+    return Ensure(
+        f"image {image} is here",
+        test=sh(tool, "image", "inspect", image) + " >/dev/null 2>&1",
+        run=sh(tool, "pull", "--quiet", image),
+        timeout=3600,
+        before=True,
+    )
+
+
 def running(unit: str) -> Ensure:
     """The unit runs now and after a reboot."""
     quoted = sh(unit)
