@@ -7,7 +7,6 @@ import shlex
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -203,15 +202,13 @@ def test_extra_arguments_are_passed_on(parse: Parse, project: Project) -> None:
         (("--max-modle-len", "9"), "--max-modle-len"),
         (("--dtype", "float17"), "float17"),
         (("--max-num-seqs", "many"), "many"),
-        (("--enable-auto-tool-choice=", "--tool-call-parser", "none_such"), ""),
+        (("--enforce-eager", "a-word-too-many"), "a-word-too-many"),
     ],
 )
 def test_mistakes_are_refused(
     parse: Parse, project: Project, extra: tuple[str, ...], why: str
 ) -> None:
-    refused = parse(rendered_with(project, *extra)).get("refused", "")
-    assert why in refused
-    assert refused
+    assert why in parse(rendered_with(project, *extra)).get("refused", "")
 
 
 def rendered_with(project: Project, *extra: str) -> list[str]:
@@ -232,7 +229,3 @@ def rendered_with(project: Project, *extra: str) -> list[str]:
 def test_rendered_version_is_the_one_that_parsed(project: Project) -> None:
     versions = {i.options["version"] for phase in PHASES for i in project.plan(phase).instances()}
     assert versions == {vllm_cpu.VERSION}
-
-
-def test_interpreter_is_at_a_path_that_units_may_see(engine: vllm_cpu.Engine) -> None:
-    assert not Path(engine.python).resolve().is_relative_to("/root")
