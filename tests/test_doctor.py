@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ class Clinic:
 
     folder: Path
     options: dict[str, Any]
+    roles: dict[str, Any] = field(default_factory=dict)
 
     def project(self, **deployment: Any) -> Project:
         content = {
@@ -102,6 +103,7 @@ class Clinic:
                     "why": "A test.",
                     "hosts": ["gpu-01"],
                     "deployments": ["coder"],
+                    "roles": self.roles,
                 }
             },
         }
@@ -539,6 +541,30 @@ def test_what_is_asked_beyond_the_facts(clinic, options, reach):
     )
     rehearsal = project.plan("pilot", rehearse=True)
     assert doctor.request(rehearsal, rehearsal.hosts[0]).reach == ()
+
+
+@pytest.mark.parametrize(
+    ("settings", "reach", "place"),
+    [
+        ({}, ("huggingface.co:443",), "/srv/inferfleet/models/qwen@1ed0a614"),
+        ({"endpoint": "http://hub.example.com"}, ("hub.example.com:80",), "/srv/inferfleet/"),
+        ({"directory": "/mnt/stick"}, (), "/srv/inferfleet/models/qwen@1ed0a614"),
+        ({"staging": "/nvme"}, ("huggingface.co:443",), "/nvme/qwen@1ed0a614"),
+        ({"writer": "gpu-01", "share": "nas.example.com:/m"}, ("huggingface.co:443",), ""),
+    ],
+)
+def test_weights_in_the_model_cache_are_looked_for_there(clinic, settings, reach, place):
+    clinic.roles = {"model_cache": {"hosts": ["gpu-01"], **settings}}
+    project = clinic.project()
+    plan = project.plan("pilot")
+    asked = doctor.request(plan, plan.hosts[0])
+    assert asked.reach == reach
+    (places,) = asked.sizes.values()
+    assert [found for found in places if found.startswith(place)] == places
+    assert bool(places) == bool(place)
+    small = replace(HEALTHY, disks=(Disk("/", total=30 * GIB, free=10 * GIB),))
+    checks = [f.check for f in clinic.examine(small)]
+    assert checks == (["disk"] if place else [])  # a share's disk is not this host's
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from inferfleet.facts.document import Facts, GpuFacts, GpuProcess, Listener, MigInstance
-from inferfleet.model import Finding, Host, Instance, Step
+from inferfleet.model import Finding, Host, Instance, Plan, Step
 
 GIB = 1 << 30
 OWN = "inferfleet-"  # how our units and Compose projects begin
@@ -21,11 +21,18 @@ class Case:
     """`units` are what the plan runs on the host; `ports` those its steps listen on, by step."""
 
     host: Host
-    steps: tuple[Step, ...]
+    plan: Plan
     facts: Facts
     units: frozenset[str] = frozenset()
     ports: tuple[tuple[str, str, int], ...] = ()  # who, address ("" for all), port
-    rehearsal: bool = False
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        return tuple(self.plan.steps.get(self.host.name, ()))
+
+    @property
+    def rehearsal(self) -> bool:
+        return self.plan.rehearsal
 
     @property
     def instances(self) -> tuple[Instance, ...]:

@@ -13,6 +13,7 @@ from inferfleet.facts.ask import Request, collect, collect_over
 from inferfleet.facts.case import Case
 from inferfleet.facts.document import Facts
 from inferfleet.model import Bundle, Finding, Host, Instance, Plan, Step
+from inferfleet.modelpath import ROLE, cached, fetches
 from inferfleet.project import Project
 from inferfleet.push import Surveyed
 from inferfleet.roles import Library
@@ -56,9 +57,9 @@ def examine(
 
 
 def _case(plan: Plan, host: Host, facts: Facts, library: Library, units: frozenset[str]) -> Case:
-    steps = tuple(plan.steps.get(host.name, ()))
+    steps = plan.steps.get(host.name, ())
     ports = tuple(one for step in steps for one in _ports(step, library))
-    return Case(host, steps, facts, units, ports, plan.rehearsal)
+    return Case(host, plan, facts, units, ports)
 
 
 def _ports(step: Step, library: Library) -> Iterator[tuple[str, str, int]]:
@@ -81,23 +82,25 @@ def request(plan: Plan, host: Host) -> Request:
     sizes: dict[str, list[str]] = {}
     reach: dict[str, None] = {}
     for step in plan.steps.get(host.name, ()):
+        if step.role == ROLE and fetches(step) and "directory" not in step.settings:
+            reach[_endpoint(str(step.settings["endpoint"]))] = None
         for instance in step.instances:
-            reach.update(dict.fromkeys(sources(step.role, instance)))
-            if weights.downloads(instance):
-                places = weights.places(step.role, instance)
-                sizes.setdefault(instance.deployment.model.repository, []).extend(places)
+            reach.update(dict.fromkeys(sources(step.role, instance, plan)))
+            places = weights.places(step.role, instance, plan)
+            sizes.setdefault(instance.deployment.model.repository, []).extend(places)
     return Request(tuple(reach), sizes)
 
 
-def sources(role: str, instance: Instance) -> Iterator[str]:
-    """`name:port` of everything an instance is fetched from."""
+def sources(role: str, instance: Instance, plan: Plan) -> Iterator[str]:
+    """`name:port` of everything an instance itself fetches from."""
     options = instance.options
     environment = options.get("environment") or {}
     if options.get("runtime") == "docker":
-        yield f"{_registry(str(options.get('image', '')))}"
+        yield _registry(str(options.get("image", "")))
     if download := options.get("download"):
         yield _endpoint(str(download))
-    if weights.downloads(instance) and environment.get("HF_HUB_OFFLINE") != "1":
+    downloads = weights.home(role, instance, plan) and not cached(instance, plan)
+    if downloads and environment.get("HF_HUB_OFFLINE") != "1":
         hub = OLLAMA if role == "ollama" else environment.get("HF_ENDPOINT", HUB)
         yield _endpoint(str(hub))
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from inferfleet.facts.case import OWN, Case, described, gib
 from inferfleet.facts.document import Container, Listener
 from inferfleet.facts.drivers import number
-from inferfleet.facts.weights import downloads, folder, weight_bytes
+from inferfleet.facts.weights import home, weight_bytes
 from inferfleet.model import Finding, Instance
 
 STATE = "/var/lib/inferfleet"
@@ -91,10 +91,10 @@ def disk(case: Case) -> Iterator[Finding]:
             "make room there",
         )
     needed: dict[str, float] = {}
-    for role, instance in _downloading(case):
+    for folder, instance in _downloading(case):
         here = case.facts.sizes.get(instance.deployment.model.repository, 0)
         size = weight_bytes(instance.deployment.model) or 0
-        if here < LESS * size and (room := case.facts.disk_of(folder(role))):
+        if here < LESS * size and (room := case.facts.disk_of(folder)):
             needed[room.mount] = needed.get(room.mount, 0) + SPARE * size - here
     for mount, total in needed.items():
         room = case.facts.disk_of(mount)
@@ -108,14 +108,15 @@ def disk(case: Case) -> Iterator[Finding]:
 
 
 def _downloading(case: Case) -> Iterator[tuple[str, Instance]]:
-    """One instance of each model that an engine would download here."""
+    """For each model that is downloaded to this host: where to, and an instance that wants it."""
     seen = set()
     for step in case.steps:
         for instance in step.instances:
-            repository = instance.deployment.model.repository
-            if downloads(instance) and not case.rehearsal and repository not in seen:
-                seen.add(repository)
-                yield step.role, instance
+            folder = home(step.role, instance, case.plan)
+            wanted = (folder, instance.deployment.model.repository)
+            if folder and not case.rehearsal and wanted not in seen:
+                seen.add(wanted)
+                yield folder, instance
 
 
 def size(case: Case) -> Iterator[Finding]:
@@ -140,7 +141,9 @@ def clock(case: Case) -> Iterator[Finding]:
             "clock",
             f"its clock is {abs(offset):.0f} s {'ahead of' if offset > 0 else 'behind'} ours",
             "certificates and package signatures are refused, and logs cannot be compared",
-            "run a time service there (systemd-timesyncd or chrony)",
+            "look at its time service: it says that the clock is kept"
+            if case.facts.synchronized
+            else "run a time service there (systemd-timesyncd or chrony)",
         )
 
 

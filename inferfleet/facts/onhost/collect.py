@@ -14,6 +14,7 @@ from inferfleet.facts.onhost import containers, gpus, machine, network
 
 MARK = "inferfleet facts 1 "
 FAILURES = (
+    ImportError,
     OSError,
     ValueError,
     LookupError,
