@@ -189,14 +189,15 @@ def _expected(
 ) -> dict[str, list[dict[str, Any]]]:
     """Say what each deployment is expected to carry and where it was placed; also for JSON."""
     from inferfleet import outlook
+    from inferfleet import outlook_lines as said
 
     plan = project.plan(phase, rehearse=rehearse)
     _warn(project, quiet=quiet)
     found = outlook.outlooks(plan, project.inventory)
     if not quiet:
-        for line in [*outlook.placed(plan), *(outlook.line(o, plan.phase.users) for o in found)]:
+        for line in [*said.placed(plan), *(said.line(o, plan.phase.users) for o in found)]:
             print(line)
-    return {"capacity": [outlook.details(o, plan.phase.users) for o in found]}
+    return {"capacity": [said.details(o, plan.phase.users) for o in found]}
 
 
 def _survey(

@@ -142,20 +142,39 @@ def setup(instance: Instance, known: Shape, gpu: GpuSpec, correction: int = 0) -
     model, options = instance.deployment.model, dict(instance.options)
     options |= dict(_given(instance.deployment.extra_args))
     pipelines = int(options.get("pipeline_parallel") or 1)
-    tensors = int(options.get("tensor_parallel") or max(1, len(instance.gpus) // pipelines))
+    ranks = pipelines * replicas(instance)
+    tensors = int(options.get("tensor_parallel") or max(1, len(instance.gpus) // ranks))
     alone = pipelines * tensors == 1
     return Setup(
-        model=known.dimensions,
+        model=_shape_with(known.dimensions, options),
         gpu=gpu,
         quantization=_loaded(model, known.dimensions, options),
         tensor_parallel=tensors,
         pipeline_parallel=pipelines,
         measured_weights=known.weights if alone and "quantization" not in options else None,
         correction=correction,
-        lora=bool(options.get("enable_lora")),
+        lora=bool(options.get("enable_lora") or options.get("lora_adapters")),
         stretched=_stretched(model, options),
         **{field: options[name] for name, field in _FIELDS.items() if options.get(name)},
     )
+
+
+def replicas(instance: Instance) -> int:
+    """Copies of the model inside one vLLM instance (data parallelism)."""
+    return int(instance.options.get("data_parallel") or 1)
+
+
+def _shape_with(model: Dimensions, options: Mapping[str, Any]) -> Dimensions:
+    """The model, said to be an estimate where options bring memory that is not counted.
+
+    Raises CapacityError where nothing can be said.
+    """
+    if options.get("expert_parallel") and int(options.get("data_parallel") or 1) > 1:
+        raise CapacityError("experts spread over data parallel ranks are not predicted")
+    if "model" not in (options.get("speculative_config") or {}):
+        return model
+    reasons = filter(None, (model.rough, "the draft model is not counted"))
+    return replace(model, rough="; ".join(reasons))
 
 
 _TGI_FIELDS = {
