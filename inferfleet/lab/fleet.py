@@ -19,6 +19,8 @@ import yaml
 
 from inferfleet.roles import shipped
 
+PACKAGED = ("gpu_exporter", "monitoring", "node_exporter")
+
 
 @dataclass(frozen=True, slots=True)
 class Made:
@@ -49,7 +51,8 @@ def make(folder: Path, hosts: Sequence[Made], key: Path) -> Path:
     own.mkdir(mode=0o700)
     for source in inventory.rglob("*.yml"):
         text = source.read_text(encoding="utf-8")
-        source.write_text(_keys_from_files(text, own), encoding="utf-8")
+        text = _without_packages(_keys_from_files(text, own))
+        source.write_text(text, encoding="utf-8")
     _make_certificate(own, [host.address for host in hosts])
     return inventory
 
@@ -91,6 +94,11 @@ def _keys_from_files(text: str, folder: Path) -> str:
         return f"!file secrets/{path.name}"
 
     return re.sub(r"!env INFERFLEET_([A-Z]+)_KEY", file, text)
+
+
+def _without_packages(text: str) -> str:
+    """Roles that install packages give way: hosts made here reach no package source."""
+    return re.sub(rf"^ +({'|'.join(PACKAGED)}):.*\n( {{8,}}.*\n)*", "", text, flags=re.MULTILINE)
 
 
 def _make_certificate(folder: Path, addresses: Sequence[str]) -> None:
