@@ -100,9 +100,12 @@ def by_tag(tag: str) -> Dimensions:
         for name, each in capacity.models().items()
         if re.match(rf"(meta)?{re.escape(wanted)}(?![0-9])", _plain(name.rpartition("/")[2]))
     ]
-    if not variant or not found:
+    if not _SIZE.fullmatch(variant.partition("-")[0]) or not found:
         raise CapacityError(f"'{tag}' is no tag of a model in the catalogue")
     return min(found, key=lambda each: len(each.name))
+
+
+_SIZE = re.compile(r"[a-z]?[0-9.x]+[bm]")  # 7b, 8x7b, 0.5b, e4b
 
 
 def _plain(name: str) -> str:
