@@ -254,6 +254,7 @@ def test_a_rehearsal_needs_no_weights(tmp_path):
         ("{hosts: [gpu-*], writer: store-01}", REVISION, "writer: 'store-01' is not among the ro"),
         ("{hosts: [all], share: 'nas:/m'}", REVISION, "share: somebody has to fill the share"),
         ("{hosts: [all], staging: /srv/inferfleet}", REVISION, "must not lie in one another"),
+        ("{hosts: [all], staging: /var/lib/inferfleet/m}", REVISION, "engines cannot read there"),
         (f"{{hosts: [all], directory: {MODELS}}}", REVISION, "must not lie in one another"),
         ("{hosts: [all]}", "main", "model 'coder' needs a revision, the commit's 40 digits"),
         ("{hosts: [all], path: /srv/../etc}", REVISION, "does not fit"),

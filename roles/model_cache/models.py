@@ -453,13 +453,21 @@ def judged(folders: Sequence[Path], deep: bool, wait: float) -> int:
     """0 when all folders are complete, if need be after waiting `wait` seconds; else 1."""
     end = time.monotonic() + wait
     while True:
-        found = [f"{f} {fault}" for f in folders for fault in (damage if deep else faults)(f)]
+        found = [line for folder in folders for line in judgement(folder, deep)]
         if not found or time.monotonic() >= end:
             break
-        time.sleep(min(1, wait))
+        time.sleep(min(2, wait))
     for line in found:
         print(line, file=sys.stderr)
     return 1 if found else 0
+
+
+def judgement(folder: Path, deep: bool) -> list[str]:
+    """What is wrong with a folder; a share whose server is away may come back while one waits."""
+    try:
+        return [f"{folder} {fault}" for fault in (damage if deep else faults)(folder)]
+    except OSError as error:
+        return [f"{folder} cannot be read: {error.strerror}"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -477,7 +485,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.status
     except OSError as error:
         print(f"{error.filename or given.verb}: {error.strerror or error}", file=sys.stderr)
-        return 1 if given.verb == "check" else TRY_AGAIN
+        return TRY_AGAIN
     return 0
 
 

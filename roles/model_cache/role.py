@@ -29,6 +29,7 @@ REHEARSABLE = False  # a rehearsal's simulators read no weights
 FOLDER = "/etc/inferfleet/model_cache"
 UNITS = "/etc/systemd/system"
 USER = "inferfleet-models"
+STATE = "/var/lib/inferfleet"  # what the applier remembers
 
 # hard: a read waits for a server that is away instead of failing in the middle of loading;
 # retry=0: a mount that fails says so at once; lookupcache: a model is seen as soon as it is there.
@@ -49,6 +50,8 @@ fi
 _START = """\
 systemctl enable -q {unit}
 systemctl reset-failed {unit} 2>/dev/null
+# one that waits to be tried again would make start wait, too; one that runs is joined
+[ "$(systemctl show -p SubState --value {unit})" != auto-restart ] || systemctl stop {unit}
 systemctl start {unit} || {{ journalctl -u {unit} -n 15 --no-pager -o cat >&2; exit 1; }}
 """
 
@@ -86,6 +89,11 @@ def check(step: Step, plan: Plan) -> Iterator[tuple[str, str]]:
     for other, name in ((path, "path"), (settings.get("directory"), "directory")):
         if staging and other and inside(staging, other):
             yield "staging", f"{staging} and {name} {other} must not lie in one another"
+    if any(inside(used, STATE) for used in (staging, path) if used):
+        yield (
+            "staging" if staging else "path",
+            f"{STATE} is root's alone: engines cannot read there",
+        )
     if settings.get("directory") and inside(settings["directory"], path):
         yield "directory", f"{settings['directory']} and path {path} must not lie in one another"
     for model in models(plan.instances()):
