@@ -11,8 +11,10 @@ import pytest
 import yaml
 from monitoringkit import programs
 
+from inferfleet.lab import fleet
 from inferfleet.metrics import vllm_renames
 from inferfleet.model import Artefact
+from inferfleet.project import Project
 
 FLEET = """\
     groups: {gpus: {}, edge: {}}
@@ -348,3 +350,10 @@ def test_mistakes_are_told(tmp_path):
     text = text.replace(", alerts: {que: 3}", "")
     told = make.problems(make.write(tmp_path, fleet=text))
     assert any("lb-01 has no GPUs in the inventory" in said for said in told)
+
+
+def test_hosts_that_reach_no_packages_are_not_asked_to_install_any(tmp_path):
+    host = fleet.Made("gpu-01", "192.0.2.3", 22, "deploy", "sudo", ())
+    inventory = fleet.make(tmp_path / "project", [host], tmp_path / "key")
+    production = Project(inventory).inventory.phases["production"]
+    assert [placement.role for placement in production.placements] == ["balancer"]
