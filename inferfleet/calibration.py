@@ -16,6 +16,7 @@ from inferfleet.errors import Error
 from inferfleet.model import Instance
 
 FILE = "calibration.json"
+NOISE = 16 << 20  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +47,23 @@ def load(folder: Path) -> Mapping[str, int]:
 def record(folder: Path, seen: Iterable[Observed]) -> int:
     """Add what was seen to the file; returns how many entries changed.
 
-    Of several instances with one key, the one that took the most memory counts.
+    Of several instances with one key, the one that took the most memory counts. What is known
+    already but for a few blocks of cache is left as it is.
     """
     path = folder / FILE
     before = _entries(path) if path.exists() else {}
-    entries = dict(before)
+    found: dict[str, dict[str, Any]] = {}
     for each in sorted(seen, key=lambda each: each.correction):
-        entries[each.key] = {name: v for name, v in asdict(each).items() if name != "key"}
-    changed = sum(before.get(name) != entry for name, entry in entries.items())
+        found[each.key] = {name: v for name, v in asdict(each).items() if name != "key"}
+    changed = {name: e for name, e in found.items() if not _known(before.get(name), e)}
     if changed:
-        text = json.dumps(entries, indent=2, sort_keys=True)
+        text = json.dumps(before | changed, indent=2, sort_keys=True)
         path.write_text(text + "\n", encoding="utf-8")
-    return changed
+    return len(changed)
+
+
+def _known(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> bool:
+    return before is not None and abs(before["correction"] - now["correction"]) <= NOISE
 
 
 def _entries(path: Path) -> dict[str, dict[str, Any]]:
