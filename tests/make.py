@@ -41,21 +41,21 @@ def _prefix(shown: str) -> str:
     return shown.removesuffix(Path(shown).name)
 
 
-def fleet(folder: Path, count: int) -> Path:
+def fleet(folder: Path, count: int, *, cells: int | None = None) -> Path:
     """An inventory of `count` hosts: GPU servers, and a balancer in front of every fifty.
 
     The servers are split in cells, each a deployment and a phase of its own, as people split a
     fleet that large: no balancer can hold ten thousand engines.
     """
-    cells = range(max(1, count // HOSTS_PER_BALANCER))
-    hosts = [_host(number, len(cells)) for number in range(count)]
-    groups = "".join(f"  cell-{cell}: {{}}\n  edge-{cell}: {{}}\n" for cell in cells)
+    each = range(cells or max(1, count // HOSTS_PER_BALANCER))
+    hosts = [_host(number, len(each)) for number in range(count)]
+    groups = "".join(f"  cell-{cell}: {{}}\n  edge-{cell}: {{}}\n" for cell in each)
     return write(
         folder,
         hosts=f"groups:\n  all: {{user: deploy, become: sudo}}\n{groups}hosts:\n{''.join(hosts)}",
         models=_MODELS,
-        deployments="deployments:\n" + "".join(map(_deployment, cells)),
-        phases="phases:\n" + "".join(map(_phase, cells)),
+        deployments="deployments:\n" + "".join(map(_deployment, each)),
+        phases="phases:\n" + "".join(map(_phase, each)),
     )
 
 

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,10 +45,13 @@ class Table:
     def title(self) -> str:
         return TITLES[self.engine]
 
+    @cached_property
+    def _keys(self) -> list[tuple[int, ...]]:
+        return [release(known) for known in self.releases]
+
     def near(self, version: str) -> tuple[int, ...]:
         """The index of `version`; between two releases that are known, those of both."""
-        wanted = release(version)
-        keys = [release(known) for known in self.releases]
+        wanted, keys = release(version), self._keys
         if wanted in keys:
             return (keys.index(wanted),)
         later = next((i for i, key in enumerate(keys) if key > wanted), len(keys))
@@ -69,6 +72,7 @@ class Table:
         return next((s for s in spans if any(s.first <= i <= s.last for i in near)), None)
 
 
+@lru_cache(maxsize=1024)  # every instance of a fleet asks
 def release(version: str) -> tuple[int, ...]:
     """What releases are ordered by: `0.9.2` and `0.9.2.post1` are (0, 9, 2) and (0, 9, 2, 1)."""
     return tuple(map(int, re.findall(r"\d+", version)))
