@@ -33,6 +33,12 @@ def as_json(value: Any) -> None:
     print(json.dumps(value, indent=2, sort_keys=True, default=str))
 
 
+def show_lock(out: Console, host: str, lock: str) -> None:
+    """Who holds a host, if somebody does."""
+    if lock:
+        out.print(f"[bold]{host}[/]: [yellow]locked by {escape(lock)}[/]")
+
+
 def show_diff(out: Console, found: Diff, artefacts: Iterable[Artefact], before: Any) -> None:
     """All that would change on one host: what, why, the lines, what restarts."""
     out.print(f"[bold]{found.host}[/]: {headline(found)}")

@@ -1,4 +1,4 @@
-"""What `doctor` and `discover` print, and what `provision` is told to stop for."""
+"""What `doctor` and `discover` print."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from inferfleet import inventory, push, report
 from inferfleet.errors import Error, HostError, UsageError
 from inferfleet.facts import discover as discovery
 from inferfleet.facts.ask import collect
-from inferfleet.facts.doctor import diagnose_surveyed, failing
+from inferfleet.facts.doctor import failing
 from inferfleet.facts.document import Facts
-from inferfleet.model import Finding, Host, Plan
+from inferfleet.model import Finding, Host
 from inferfleet.project import Project
-from inferfleet.push import Surveyed
 from inferfleet.transport import Options
 
 _COLOURS = {"error": "bold red", "warning": "yellow"}
@@ -27,7 +26,7 @@ def show(findings: Sequence[Finding], hosts: int, *, as_json: bool) -> None:
     if as_json:
         report.as_json(contract(findings))
         return
-    _lines(findings, stderr=False)
+    show_lines(findings, stderr=False)
     errors = len(failing(findings))
     warnings = len(findings) - errors
     said = f"{report.counted(errors, 'error')}, {report.counted(warnings, 'warning')}"
@@ -41,21 +40,8 @@ def contract(findings: Sequence[Finding]) -> dict[str, Any]:
     return {"ok": not failures, "failures": list(map(asdict, failures)), "warnings": warnings}
 
 
-def fit(project: Project, plan: Plan, surveyed: Sequence[Surveyed], *, as_json: bool) -> bool:
-    """Whether the hosts that would change can take it; says what is wrong, on stderr or as JSON."""
-    findings = diagnose_surveyed(project, plan, surveyed)
-    errors = failing(findings)
-    if not as_json:
-        _lines(findings, stderr=True)
-    if errors and as_json:
-        report.as_json({"hosts": {}, **contract(findings)})
-    elif errors:
-        out = report.console(stderr=True)
-        out.print("nothing was changed. To push all the same: --skip-doctor")
-    return not errors
-
-
-def _lines(findings: Sequence[Finding], *, stderr: bool) -> None:
+def show_lines(findings: Sequence[Finding], *, stderr: bool) -> None:
+    """One line per finding."""
     out = report.console(stderr=stderr)
     for one in findings:
         style = _COLOURS[one.severity]

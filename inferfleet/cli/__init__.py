@@ -1,0 +1,56 @@
+"""The tasks: what `invoke` and `inferfleet` run. Heavy imports stand inside, for a fast start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from invoke.collection import Collection
+from invoke.exceptions import Exit, ParseError
+from invoke.program import Program
+
+from inferfleet import __version__
+from inferfleet.cli.capacity import fit, recommend, size
+from inferfleet.cli.command import USAGE
+from inferfleet.cli.hosts import discover, doctor, plan, provision, trust, verify
+from inferfleet.cli.inventories import check, init, render, schema
+from inferfleet.cli.rehearsals import demo, lab
+
+namespace = Collection(
+    check,
+    render,
+    plan,
+    doctor,
+    provision,
+    verify,
+    discover,
+    fit,
+    recommend,
+    size,
+    schema,
+    trust,
+    init,
+    lab,
+    demo,
+)
+
+
+class _Program(Program):
+    """Invoke's own program, except that wrong usage is exit code 2, as everywhere else."""
+
+    def parse_core(self, argv: list[str] | None) -> None:
+        _as_usage(lambda: super(_Program, self).parse_core(argv))
+
+    def parse_tasks(self) -> None:
+        _as_usage(super().parse_tasks)
+
+
+def _as_usage(parse: Callable[[], None]) -> None:
+    try:
+        parse()
+    except ParseError as error:
+        raise Exit(str(error), code=USAGE) from error
+
+
+def main() -> None:
+    """The `inferfleet` command."""
+    _Program(name="inferfleet", binary="inferfleet", version=__version__, namespace=namespace).run()

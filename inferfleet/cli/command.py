@@ -1,0 +1,85 @@
+"""What every task shares: errors become exit codes here, and nowhere else.
+
+0: fine. 1: problems, or hosts that failed. 2: wrong usage; with --detailed-exitcode: changes wait.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from invoke.context import Context
+from invoke.exceptions import Exit
+from invoke.tasks import task
+
+from inferfleet.errors import Error, InventoryError, UsageError
+
+if TYPE_CHECKING:
+    from inferfleet.project import Project
+
+FINE, PROBLEMS, USAGE, INTERRUPTED = 0, 1, 2, 130
+INVENTORY = "the inventory's folder (default: inventory/)"
+LIMIT = "only these hosts: names, groups, globs, with commas between"
+PHASE = "the phase, such as pilot"
+JSON = "one JSON document instead of text"
+REHEARSE = "the simulator in place of every engine: no GPUs, no weights, all else real"
+
+
+def command(**helps: str) -> Callable[[Callable[..., int]], Any]:
+    """A task whose errors are shown without a traceback and become exit codes."""
+
+    def decorate(function: Callable[..., int]) -> Any:
+        @functools.wraps(function)
+        def run(context: Context, /, *args: Any, **options: Any) -> None:
+            try:
+                code = function(context, *args, **options)
+            except Error as error:
+                code = _shown(error, as_json=bool(options.get("json")))
+            except KeyboardInterrupt:
+                print("interrupted; hosts finish what they began", file=sys.stderr)
+                code = INTERRUPTED
+            if code:
+                raise Exit(code=code)
+
+        return task(help=helps, positional=["host"] if "host" in helps else [])(run)
+
+    return decorate
+
+
+def _shown(error: Error, *, as_json: bool) -> int:
+    if as_json:
+        from dataclasses import asdict
+
+        from inferfleet.report import as_json as write
+
+        found = [asdict(p) for p in error.problems] if isinstance(error, InventoryError) else []
+        write({"ok": False, "problems": found or [{"message": str(error)}]})
+    else:
+        print(error, file=sys.stderr)
+        if isinstance(error, InventoryError):
+            count = sum(not problem.warning for problem in error.problems)
+            print(f"{count} problem{'s' if count > 1 else ''}.", file=sys.stderr)
+    return USAGE if isinstance(error, UsageError) else PROBLEMS
+
+
+def project(inventory: str) -> Project:
+    """The project whose inventory is in that folder."""
+    from inferfleet.project import Project
+
+    return Project(Path(inventory))
+
+
+def warn(found: Project, *, quiet: bool = False) -> None:
+    """What the inventory's checks warn of, on standard error."""
+    for warning in found.inventory.warnings if not quiet else ():
+        print(warning, file=sys.stderr)
+
+
+def agreed(question: str) -> bool:
+    """Whether somebody at the terminal says yes."""
+    if not sys.stdin.isatty():
+        raise UsageError("nobody to ask here: add --yes, or run it on a terminal")
+    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")

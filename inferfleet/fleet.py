@@ -1,0 +1,114 @@
+"""The chosen hosts of a phase together: surveyed, examined, shown, pushed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from inferfleet import outlook, outlook_lines, push, report
+from inferfleet.errors import HostError
+from inferfleet.facts.doctor import diagnose_surveyed, failing
+from inferfleet.model import Finding, Host, Plan, Result
+from inferfleet.project import Project
+from inferfleet.push import Surveyed
+from inferfleet.render import Reveal
+from inferfleet.secrets import scrub
+
+
+@dataclass
+class Fleet:
+    """Hosts that answered, with open channels; `results` are those of hosts that fell out."""
+
+    project: Project
+    plan: Plan
+    surveyed: list[Surveyed] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for host in self.surveyed:
+            host.close()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether anything would change."""
+        return any(host.diff for host in self.surveyed)
+
+    def _failed(self, host: str, message: str) -> Result:
+        """A host's failure; what a host printed may hold a secret, so those are masked."""
+        said = scrub(message, self.project.secrets)
+        return Result(host, "failed", seconds=time.monotonic() - self.began, error=said)
+
+    def examine(self) -> None:
+        """Let the doctor look at the hosts that would change; one it finds unfit falls out."""
+        self.findings = diagnose_surveyed(self.project, self.plan, self.surveyed)
+        unfit = {finding.host for finding in failing(self.findings)}
+        for host in [host for host in self.surveyed if host.name in unfit]:
+            said = "nothing was changed: the doctor found what is said above (or --skip-doctor)"
+            self.results.append(self._failed(host.name, said))
+            self.surveyed.remove(host)
+            host.close()
+
+    def push(self, reason: str, *, quiet: bool) -> None:
+        """Make every host as its bundle says; `results` then has all of them, in order."""
+        out = report.console(stderr=True)
+        out.quiet = quiet
+        with report.Progress(out, [host.name for host in self.surveyed if host.diff]) as progress:
+            work = _applying(reason, progress.event)
+            for host, outcome in push.each(self.surveyed, work):
+                if isinstance(outcome, HostError):
+                    outcome = self._failed(host.name, outcome.message)
+                self.results.append(outcome)
+        order = [host.name for host in self.plan.hosts]
+        self.results.sort(key=lambda result: order.index(result.host))
+
+    def show(self, *, lines: bool, failures: bool = True) -> None:
+        """What would change; "no changes" first, and alone, when nothing would."""
+        out = report.console()
+        summary = report.plan_summary([host.diff for host in self.surveyed], len(self.results))
+        if not self.results and not self.waiting:
+            out.print(summary)
+            return
+        for host in self.surveyed:
+            report.show_lock(out, host.name, host.snapshot.lock)
+            before = host.before() if lines else None
+            report.show_diff(out, host.diff, push.changed(host), before)
+        for result in self.results if failures else ():
+            out.print(f"[bold]{result.host}[/]: {report.result_line(result)}")
+        out.print(summary)
+
+
+def survey(project: Project, plan: Plan, hosts: Sequence[Host], secrets: Reveal) -> Fleet:
+    """Ask every host what it has, in parallel; the fleet is in the plan's order."""
+    bundles = project.bundles(plan, hosts, secrets)
+    options, fleet = project.options(), Fleet(project, plan)
+    found: dict[str, Surveyed | HostError] = {}
+    for bundle, outcome in push.each(bundles, lambda bundle: push.survey(bundle, options)):
+        found[bundle.host.name] = outcome
+    for host in hosts:
+        outcome = found[host.name]
+        if isinstance(outcome, HostError):
+            fleet.results.append(fleet._failed(host.name, outcome.message))
+        else:
+            fleet.surveyed.append(outcome)
+    return fleet
+
+
+def _applying(reason: str, on_event: push.OnEvent) -> Callable[[Surveyed], Result]:
+    return lambda host: push.apply(host, reason, on_event)
+
+
+def expected(project: Project, plan: Plan) -> tuple[list[str], dict[str, list[dict[str, Any]]]]:
+    """What each deployment is expected to carry and where it was placed: lines, and for JSON."""
+    found = outlook.outlooks(plan, project.inventory)
+    lines = [
+        *outlook_lines.placed(plan),
+        *(outlook_lines.line(one, plan.phase.users) for one in found),
+    ]
+    return lines, {"capacity": [outlook_lines.details(one, plan.phase.users) for one in found]}
