@@ -151,6 +151,12 @@ def _native(instance: Instance, render: Render) -> Iterator[Artefact | Ensure]:
     yield package("curl", "curl")
     yield package("zstd", "zstd")
     yield system_user("ollama")
+    yield Ensure(
+        "groups video and render exist",  # not so on hosts without udev, and the unit names both
+        test="getent group video render >/dev/null",
+        run="groupadd --system --force video && groupadd --system --force render",
+        before=True,
+    )
     yield _installed(options["version"], options["download"], options.get("sha256", ""))
     yield render(
         f"/etc/systemd/system/{instance.unit}",
