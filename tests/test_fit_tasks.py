@@ -292,3 +292,51 @@ def test_a_model_is_read_from_a_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     for where in (tmp_path, tmp_path / "config.json"):
         assert hub.find(str(where)).dimensions.kv_heads == 8
+
+
+# What check and plan print
+
+
+def served(folder: Path, **options: Any) -> tuple[str, str]:
+    """An inventory with an 8B model on a host that nobody answers for, as an option."""
+    host = {"address": "127.0.0.1", "port": 9, "gpus": [{"model": "L4", "count": 2}]}
+    deployment = {"engine": "vllm", "model": "m", "hosts": ["h"], "port": 8000,
+                  "instances": 2, "options": options}  # fmt: skip
+    whole = {
+        "hosts": {"h": host},
+        "models": {"m": {"repository": "meta-llama/Llama-3.1-8B-Instruct"}},
+        "deployments": {"d": deployment},
+        "phases": {"p": {"users": 7, "why": "w", "hosts": ["h"], "deployments": ["d"]}},
+    }
+    return "--inventory", str(make.write(folder, fleet=yaml.safe_dump(whole, sort_keys=False)))
+
+
+def test_check_warns_and_is_fine(tmp_path: Path) -> None:
+    tight = answer("fit", "--model", "Llama-3.1-8B-Instruct", "--gpu", "L4", "--context", "4096",
+                   "--engine-version", "0.32.0")["kv_tokens"]  # fmt: skip
+    where = served(tmp_path, max_model_len=tight // 1024 * 1024)
+    said = run("check", *where)
+    assert "fine (1 hosts" in said
+    assert "deployments.d: warning: tight on 1 x L4 of h" in said
+    (problem,) = answer("check", *where)["problems"]
+    assert problem["warning"] is True
+
+
+def test_plan_says_what_is_carried_and_where_it_was_placed(tmp_path: Path) -> None:
+    where = served(tmp_path, max_model_len=8192)
+    said = run("plan", *where, "--phase", "p", code=1)
+    assert "d placed: h GPUs 0 | 1" in said
+    assert "d: 2 instances on 1 x L4, expected to carry" in said
+    assert "the phase is for 7 users" in said
+    (found,) = answer("plan", *where, "--phase", "p", code=1)["capacity"]
+    assert (found["verdict"], found["users"], found["instances"]) == ("fits", 7, 2)
+
+
+def test_render_writes_the_placement_to_its_index(tmp_path: Path) -> None:
+    where = served(tmp_path, max_model_len=8192)
+    run("render", *where, "--phase", "p", "--output", str(tmp_path / "out"))
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert [(i["name"], i["port"], i["gpus"]) for i in index["hosts"]["h"]["instances"]] == [
+        ("d-0", 8000, [0]),
+        ("d-1", 8001, [1]),
+    ]
