@@ -61,8 +61,8 @@ CASES = {
         phases: {p: {users: 1, why: w, hosts: [gpu-01], deployments: [d]}}
         """,
         [
-            "own.yml:8:32: deployments.d.options.tensor_parallel: tensor x pipeline parallelism"
-            " is 4, but gpus_per_instance is 2"
+            "own.yml:8:32: deployments.d.options.tensor_parallel: tensor x pipeline x data"
+            " parallelism is 4, but gpus_per_instance is 2"
         ],
     ),
     "more GPUs than a host has": (

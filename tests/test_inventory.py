@@ -74,13 +74,12 @@ CASES = {
         "  options: {token_rat: 5}}}",
         ["own.yml:2:13: deployments.d.options.token_rat: unknown key (did you mean token_rate?)"],
     ),
-    "option of another engine": (
-        "deployments: {d: {engine: ollama, model: coder, port: 1, hosts: [gpus],\n"
+    "option that is near none": (
+        "deployments: {d: {engine: simulator, model: coder, port: 1, hosts: [gpus],\n"
         "  options: {quux: 2}}}",
         [
-            "own.yml:2:13: deployments.d.options.quux: unknown key; known here: version,"
-            " download, sha256, context_length, num_parallel, keep_alive, flash_attention,"
-            " kv_cache_type, startup_timeout"
+            "own.yml:2:13: deployments.d.options.quux: unknown key; known here: "
+            + ", ".join(Library().role("simulator").schema["properties"])
         ],
     ),
     "misspelled option in a host's variables": (

@@ -332,24 +332,34 @@ phases:
 EXTREME = {
     "repository": "a b/{{ x }} $HOME",
     "served": "c;d\n%h",
-    "extra": ["--x", "%h $y", "\n[Service]", '"', ";"],
-    "environment": {"A": "}\nB=1", "VLLM_X": "$(id)"},
+    "extra": ["--chat-template", "%h $y\n[Service]", '--chat-template=" ; '],
+    "environment": {"A": "}\nB=1", "B": "$(id)"},
     "why": "because: \n",
     "server": "llm.example.com",
     "client": "team-a",
 }
 SOME = VALUES.filter(bool)
+EXTRA = st.one_of(  # an option of vLLM's that takes any text: unknown ones are refused
+    st.just([]),
+    VALUES.map(lambda value: ["--chat-template", value]),
+    VALUES.map(lambda value: [f"--chat-template={value}"]),
+)
 NAMES = st.one_of(*[st.just("llm.example.com")] * 9, VALUES)
 CLIENTS = st.one_of(*[st.just("team-a")] * 9, VALUES)
 
 
 def _hostile(folder, **values):
-    written = {name: json.dumps(value) for name, value in values.items()}
+    written = {name: _flow(value) for name, value in values.items()}
     inventory = make.write(folder, fleet=HOSTILE.format(**written))
     project = Project(inventory)
     plan = project.plan("p")
     (bundle,) = project.bundles(plan, plan.hosts, Secrets(inventory, environ={"KEY": "k3y"}))
     return {artefact.path: artefact.content.decode() for artefact in bundle.artefacts}
+
+
+def _flow(value):
+    text = yaml.safe_dump(value, default_style='"', default_flow_style=True, width=2**31)
+    return text.strip()
 
 
 def _files(folder, values):
@@ -374,8 +384,8 @@ def test_a_hostile_inventory_can_be_rendered(tmp_path):
 @given(
     repository=SOME,
     served=SOME,
-    extra=st.lists(VALUES, max_size=3),
-    environment=st.dictionaries(st.sampled_from(["A", "VLLM_X"]), VALUES),
+    extra=EXTRA,
+    environment=st.dictionaries(st.sampled_from(["A", "B"]), VALUES),
     why=SOME,
     server=NAMES,
     client=CLIENTS,
