@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from invoke.context import Context
 from invoke.exceptions import Exit
-from invoke.tasks import task
+from invoke.parser.argument import Argument
+from invoke.tasks import Task, task
 
 from inferfleet.errors import Error, InventoryError, UsageError
 
@@ -26,6 +28,15 @@ LIMIT = "only these hosts: names, groups, globs, with commas between"
 PHASE = "the phase, such as pilot"
 JSON = "one JSON document instead of text"
 REHEARSE = "the simulator in place of every engine: no GPUs, no weights, all else real"
+
+
+class _Task(Task):  # type: ignore[type-arg]
+    """Invoke tells an option's help to the first who asks; this one remembers it."""
+
+    def get_arguments(self, ignore_unknown_help: bool | None = None) -> list[Argument]:
+        if not hasattr(self, "_arguments"):
+            self._arguments = super().get_arguments(ignore_unknown_help)
+        return copy.deepcopy(self._arguments)
 
 
 def command(**helps: str) -> Callable[[Callable[..., int]], Any]:
@@ -44,7 +55,8 @@ def command(**helps: str) -> Callable[[Callable[..., int]], Any]:
             if code:
                 raise Exit(code=code)
 
-        return task(help=helps, positional=["host"] if "host" in helps else [])(run)
+        positional = ["host"] if "host" in helps else []
+        return task(help=helps, positional=positional, klass=_Task)(run)
 
     return decorate
 
