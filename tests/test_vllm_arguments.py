@@ -94,7 +94,9 @@ def rendered(project: Project, phase: str) -> dict[str, list[str]]:
 
 def command_line(path: str, text: str) -> list[str]:
     if path.endswith("/compose.yml"):
-        service = yaml.safe_load(text)["services"]["engine"]
+        service = yaml.safe_load(text)["services"].get("engine")
+        if service is None:  # another role's
+            return []
         assert service["entrypoint"] == ["vllm", "serve"]
         return [argument.replace("$$", "$") for argument in service["command"]]
     starts = [x for x in text.replace("\\\n", " ").splitlines() if x.startswith("ExecStart=")]
