@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from inferfleet.applier.commands import RELOAD, act, check, emit, ensured
 from inferfleet.applier.disk import Disk, Failed
+from inferfleet.applier.guard import Guard
 from inferfleet.applier.transaction import State, Transaction
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Apply:
         self.request, self.disk, self.runs = request, disk, runs
         self.state = State(disk)
         self.transaction = Transaction(disk, self.state, runs)
+        self.guard = Guard(disk)
         self.parts: list[Json] = request["parts"]
         self.files: dict[str, Json] = {f["path"]: f for p in self.parts for f in p["files"]}
         self.parents = {str(p) for path in self.files for p in Path(path).parents}
@@ -48,6 +50,8 @@ class Apply:
         # before anything of ours (a package, a recovery) may change these files
         self.check_expected()
         self.outlook = LATER
+        if self.runs and self.transaction.committed():
+            self.guard.ready()  # to finish may be to stop units, which reloads all others
         self.transaction.recover()
         self.outlook = UNTOUCHED
         try:
@@ -65,7 +69,7 @@ class Apply:
         else:
             self.transaction.undo()
         self.state.sweep()
-        self.activate()
+        self.activate_guarded()
         self.state.unlock()
 
     def check_expected(self) -> None:
@@ -119,6 +123,8 @@ class Apply:
         touched.update((path, old["files"][path]) for path in gone)
         stopped = stops(gone, old["files"])
         owed = self.promises(touched, stopped)
+        if RELOAD in owed:
+            self.guard.ready()
         if owed:
             self.disk.write(self.transaction.home / "owed", json.dumps(owed).encode())
         temporary = {beside(file["path"]): file for file in changed}
@@ -224,7 +230,17 @@ class Apply:
         wanted = [e for e in part["ensures"] if e["before"] == before]
         units = [unit for file in part["files"] for unit in named(file)]
         for ensure in wanted if self.runs else ():
-            self.changes += ensured(ensure, units)
+            self.changes += ensured(ensure, units, self.guard.ready)
+
+    def activate_guarded(self) -> None:
+        """Activate; whatever comes of it, tell of containers that lost their GPUs meanwhile."""
+        try:
+            self.activate()
+        except Failed as error:
+            raise Failed("\n".join(filter(None, (str(error), self.guard.lost())))) from None
+        lost = self.guard.lost()
+        if lost:
+            raise Failed(lost)
 
     def activate(self) -> None:
         """Pay what is owed: what no part names, then part by part, each with its ensures."""
@@ -233,6 +249,8 @@ class Apply:
             for p in self.parts
         ]
         owed = self.state.owed()
+        if RELOAD in owed:
+            self.guard.ready()
         self.pay([unit for unit in owed if all(unit not in units for units in orders)])
         for part, units in zip(self.parts, orders):  # noqa: B905
             self.pay(units)

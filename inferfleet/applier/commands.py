@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from inferfleet.applier.disk import Failed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     Json = dict[str, Any]
@@ -124,11 +124,16 @@ def journal(units: Sequence[str]) -> str:
     return "" if status else tail(printed)
 
 
-def ensured(ensure: Json, units: Sequence[str]) -> bool:
-    """Make an ensure's test pass; whether that changed anything. Failed shows the units' log."""
+def ensured(ensure: Json, units: Sequence[str], ready: Callable[[], None]) -> bool:
+    """Make an ensure's test pass; whether that changed anything. Failed shows the units' log.
+
+    `ready` is called before it is run: packages and `systemctl enable` reload systemd's units, too.
+    """
     title, seconds = ensure["title"], ensure["timeout"]
     if test(ensure, TEST_SECONDS)[0] == 0:
         return False
+    if ensure["run"]:
+        ready()
     emit("ensure", title=title, state="running")
     status, printed = fix(ensure) if ensure["run"] else wait(ensure)
     emit("ensure", title=title, state="failed" if status else "ok")

@@ -103,9 +103,13 @@ class Transaction:
         self.disk, self.state, self.runs = disk, state, runs
         self.home = state.transaction
 
+    def committed(self) -> bool:
+        """Whether its files will be put in their places, by this run or the next."""
+        return (self.home / "commit").exists()
+
     def recover(self) -> None:
         """Finish or undo what a former run left."""
-        if (self.home / "commit").exists():
+        if self.committed():
             self.finish()
             emit("recovered", how="finished")
         elif self.home.exists():
@@ -114,7 +118,7 @@ class Transaction:
 
     def undo(self) -> None:
         """Take away all that was staged; what is committed stays for the next run to finish."""
-        if (self.home / "commit").exists():
+        if self.committed():
             return
         journal = self.state.read(self.home / "journal")
         for source in journal.get("moves", ()):
