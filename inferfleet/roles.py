@@ -20,6 +20,7 @@ import yaml
 from inferfleet.errors import Error
 from inferfleet.model import Artefact, Ensure, Finding, Plan, Render, Step
 
+FAST = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it was built
 _PACKAGE = Path(__file__).parent
 
 
@@ -52,7 +53,7 @@ class Role:
         """The JSON Schema of the role's options: an object, every property described."""
         source = self.folder / "schema.yml"
         try:
-            loaded = yaml.safe_load(source.read_text(encoding="utf-8"))
+            loaded = yaml.load(source.read_text(encoding="utf-8"), FAST)  # noqa: S506 - is safe
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise Error(f"{source}: {error}") from error
         if not isinstance(loaded, dict):

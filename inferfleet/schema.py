@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from inferfleet.model import Secret
-from inferfleet.roles import Library
+from inferfleet.roles import FAST, Library
 from inferfleet.yamlbuild import did_you_mean
 
 Keys = tuple[str | int, ...]
@@ -35,7 +35,7 @@ class Fault:
 
 def composed(library: Library) -> dict[str, Any]:
     """The whole schema: the core, and the options of every role the library has."""
-    schema: dict[str, Any] = yaml.safe_load(_CORE.read_text(encoding="utf-8"))
+    schema: dict[str, Any] = yaml.load(_CORE.read_text("utf-8"), FAST)  # noqa: S506 - is safe
     definitions = schema["$defs"]
     engines, services = library.engines(), library.services()
     for name in [*engines, *services]:
