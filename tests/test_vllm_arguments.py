@@ -23,6 +23,7 @@ pytestmark = pytest.mark.engine
 __all__ = ["engine"]
 
 PHASES = ("pilot", "production")
+REVISION = "1ed0a6145da0ce550c628e8e8b678f51e695995d"
 Parsed = dict[str, Any]
 Parse = Callable[[Sequence[str]], Parsed]
 
@@ -132,7 +133,7 @@ def test_production_is_understood(parse: Parse, project: Project) -> None:
     lines = rendered(project, "production")
     assert len(lines) == 6  # two instances on each of three servers
     expected = {
-        "model_tag": "Qwen/Qwen2.5-Coder-32B-Instruct-AWQ",
+        "model_tag": f"/srv/inferfleet/staged/qwen2.5-coder-32b@{REVISION}",
         "host": "0.0.0.0",
         "port": 8000,
         "served_model_name": ["qwen2.5-coder"],
@@ -171,6 +172,15 @@ def instance(project: Project, **options: Any) -> Instance:
         ("trust_remote_code", True, "trust_remote_code", True),
         ("enforce_eager", True, "enforce_eager", True),
         ("shutdown_timeout", 0, "shutdown_timeout", 0),
+        ("data_parallel", 2, "data_parallel_size", 2),
+        ("expert_parallel", True, "enable_expert_parallel", True),
+        ("max_num_queued_reqs", 9, "max_num_queued_reqs", 9),
+        ("enable_chunked_prefill", False, "enable_chunked_prefill", False),
+        ("chat_template", __file__, "chat_template", __file__),
+        ("lora_adapters", {"a": "/srv/a"}, "enable_lora", True),
+        ("max_lora_rank", 64, "max_lora_rank", 64),
+        ("sleep_mode", True, "enable_sleep_mode", True),
+        ("speculative_config", {"method": "ngram"}, "speculative_config", {"method": "ngram"}),
     ],
 )
 def test_option_lands_where_meant(
