@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -123,7 +124,7 @@ class Clinic:
         project = self.project(**deployment)
         plan = project.plan("pilot", rehearse=rehearse)
         owned = {"gpu-01": frozenset(units)}
-        return doctor.examine(plan, {"gpu-01": facts}, project.library, owned)
+        return doctor.examine(plan, {"gpu-01": facts}, project, owned)
 
     def only(self, facts: Facts, check: str, severity: str = "error", **more: Any) -> Finding:
         """The one finding there is, of that kind."""
@@ -231,6 +232,23 @@ def test_how_much_memory_vllm_takes(clinic, options, free, fits):
     assert checks == ([] if fits else ["memory"])
 
 
+def test_memory_that_is_held_may_leave_enough(clinic):
+    found = clinic.only(holding(replace(ORPHAN, parent=4000), free=36 * GIB), "memory")
+    share = re.search(
+        r"gpu_memory_utilization: (0\.\d+), which keeps ([\d,]+) tokens", found.remedy
+    )
+    assert share is not None
+    assert float(share[1]) * GPU.memory_total <= 36 * GIB
+    clinic.options |= {"gpu_memory_utilization": float(share[1])}
+    assert clinic.examine(holding(replace(ORPHAN, parent=4000), free=36 * GIB)) == []
+
+
+def test_a_smaller_gpu_than_its_name_says(clinic):
+    small = replace(GPU, memory_total=19 * GIB, memory_free=19 * GIB)
+    found = clinic.only(replace(HEALTHY, gpus=(small, HEALTHY.gpus[1])), "capacity")
+    assert "19.0 GiB" in found.what
+
+
 # The GPUs themselves
 
 
@@ -277,7 +295,7 @@ def test_names_of_the_same_gpu(inventory, found, same):
 
 
 def test_slices_count_in_place_of_their_gpu(clinic):
-    pair = (MigInstance("NVIDIA L40S", memory_total=20 * GIB, memory_free=20 * GIB),) * 2
+    pair = (MigInstance("NVIDIA L40S", memory_total=45 * GIB, memory_free=45 * GIB),) * 2
     sliced = replace(GPU, mig=True, mig_instances=pair)
     assert clinic.examine(replace(HEALTHY, gpus=(sliced,))) == []
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
+from inferfleet.capacity import Prediction
 from inferfleet.facts.document import Facts, GpuFacts, GpuProcess, Listener, MigInstance
 from inferfleet.model import Finding, Host, Instance, Plan, Step
 
@@ -25,6 +26,7 @@ class Case:
     facts: Facts
     units: frozenset[str] = frozenset()
     ports: tuple[tuple[str, str, int], ...] = ()  # who, address ("" for all), port
+    predicted: Mapping[str, Prediction] = field(default_factory=dict)  # by instance
 
     @property
     def steps(self) -> tuple[Step, ...]:

@@ -14,6 +14,7 @@ from inferfleet.facts.case import Case
 from inferfleet.facts.document import Facts
 from inferfleet.model import Bundle, Finding, Host, Instance, Plan, Step
 from inferfleet.modelpath import ROLE, cached, fetches
+from inferfleet.outlook import prediction
 from inferfleet.project import Project
 from inferfleet.push import Surveyed
 from inferfleet.roles import Library
@@ -26,6 +27,7 @@ CHECKS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
     gpu_checks.capability,
     gpu_checks.orphans,
     gpu_checks.memory,
+    gpu_checks.fits,
     gpu_checks.health,
     host_checks.ports,
     host_checks.docker,
@@ -39,7 +41,10 @@ CHECKS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
 
 
 def examine(
-    plan: Plan, facts: Mapping[str, Facts], library: Library, units: Mapping[str, frozenset[str]]
+    plan: Plan,
+    facts: Mapping[str, Facts],
+    project: Project,
+    units: Mapping[str, frozenset[str]],
 ) -> list[Finding]:
     """All that is wrong with the hosts in `facts`, in the plan's order, errors first.
 
@@ -48,18 +53,21 @@ def examine(
     found = []
     for host in plan.hosts:
         if host.name in facts:
-            case = _case(plan, host, facts[host.name], library, units.get(host.name, frozenset()))
+            case = _case(plan, host, facts[host.name], project, units.get(host.name, frozenset()))
             own = [finding for check in CHECKS for finding in check(case)]
             for step in case.steps:
-                own += library.role(step.role).preflight(step, plan, case.facts)
+                own += project.library.role(step.role).preflight(step, plan, case.facts)
             found += sorted(own, key=lambda finding: finding.severity != "error")
     return found
 
 
-def _case(plan: Plan, host: Host, facts: Facts, library: Library, units: frozenset[str]) -> Case:
+def _case(plan: Plan, host: Host, facts: Facts, project: Project, units: frozenset[str]) -> Case:
     steps = plan.steps.get(host.name, ())
-    ports = tuple(one for step in steps for one in _ports(step, library))
-    return Case(host, plan, facts, units, ports)
+    ports = tuple(one for step in steps for one in _ports(step, project.library))
+    instances = [instance for step in steps for instance in step.instances]
+    expected = {i.name: prediction(i, project.inventory) for i in instances}
+    predicted = {name: found for name, found in expected.items() if found}
+    return Case(host, plan, facts, units, ports, predicted)
 
 
 def _ports(step: Step, library: Library) -> Iterator[tuple[str, str, int]]:
@@ -126,7 +134,7 @@ def diagnose(project: Project, plan: Plan, hosts: Sequence[Host]) -> list[Findin
     bundles = {bundle.host.name: bundle for bundle in project.bundles(plan, hosts)}
     units = {name: units_of(bundle) for name, bundle in bundles.items()}
     answers = push.each(hosts, lambda host: collect(host, options, request(plan, host)))
-    return _findings(plan, ((h.name, found) for h, found in answers), project.library, units)
+    return _findings(plan, ((h.name, found) for h, found in answers), project, units)
 
 
 def diagnose_surveyed(project: Project, plan: Plan, surveyed: Iterable[Surveyed]) -> list[Finding]:
@@ -137,14 +145,14 @@ def diagnose_surveyed(project: Project, plan: Plan, surveyed: Iterable[Surveyed]
     asked = [one for one in surveyed if one.diff and one.snapshot.python]
     units = {one.name: units_of(one.bundle) for one in asked}
     answers = push.each(asked, lambda s: collect_over(s.way, request(plan, s.bundle.host)))
-    found = _findings(plan, ((s.name, found) for s, found in answers), project.library, units)
+    found = _findings(plan, ((s.name, found) for s, found in answers), project, units)
     return [replace(f, severity="warning") if f.check == "connection" else f for f in found]
 
 
 def _findings(
     plan: Plan,
     answers: Iterable[tuple[str, Facts | HostError]],
-    library: Library,
+    project: Project,
     units: Mapping[str, frozenset[str]],
 ) -> list[Finding]:
     facts, failed = {}, []
@@ -153,7 +161,7 @@ def _findings(
             failed.append(_silent(name, answer))
         else:
             facts[name] = answer
-    return [*sorted(failed), *examine(plan, facts, library, units)]
+    return [*sorted(failed), *examine(plan, facts, project, units)]
 
 
 def _silent(name: str, error: HostError) -> Finding:

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
-from inferfleet.capacity import CapacityError, gpu, quantization
+from inferfleet.capacity import (
+    CapacityError,
+    Prediction,
+    Setup,
+    gpu,
+    predict,
+    quantization,
+    with_memory,
+)
 from inferfleet.capacity.engines import parse_release
 from inferfleet.facts import drivers
 from inferfleet.facts.case import Case, Device, described, devices, gib, orphaned
@@ -159,8 +168,47 @@ def memory(case: Case) -> Iterator[Finding]:
                     "the engine would stop with an out-of-memory error"
                     if role != "ollama"
                     else "Ollama would run layers on the CPU without a word",
-                    _freed(strangers),
+                    _freed(strangers) + _less(case, instance, total, free + returned),
                 )
+
+
+def _less(case: Case, instance: Instance, total: int, free: int) -> str:
+    """The share of memory with which it would fit what is free, and what the cache then holds."""
+    expected = case.predicted.get(instance.name)
+    share = (100 * free // total) / 100
+    if expected is None or share <= 0:
+        return ""
+    lower = predict(replace(measured(expected, total), utilization=share))
+    if lower.verdict == "does not fit":
+        return ""
+    return f", or set gpu_memory_utilization: {share}, which keeps {lower.kv_tokens:,} tokens"
+
+
+def fits(case: Case) -> Iterator[Finding]:
+    """The prediction again, with the memory the GPUs really have."""
+    for _, instance in case.on_gpus():
+        expected = case.predicted.get(instance.name)
+        totals = [d.memory_total for d in _own(case, instance) if d.memory_total]
+        if expected is None or not totals or expected.verdict == "does not fit":
+            continue  # what never fits is refused by `check`
+        again = predict(measured(expected, min(totals)))
+        if again.verdict == "does not fit":
+            yield case.error(
+                "capacity",
+                f"{instance.name} does not fit: a GPU has {gib(min(totals))}, "
+                f"its model has {gib(expected.setup.gpu.memory)} in the catalogue",
+                "the engine would stop after loading the weights",
+                "lower max_model_len or max_num_seqs, or use the GPUs the inventory names",
+            )
+
+
+def measured(expected: Prediction, total: int) -> Setup:
+    """The setup of a prediction on a GPU with so much memory, or the catalogue's if that is less.
+
+    NVML's total is up to 3 % above what CUDA can give, which is what the catalogue holds.
+    """
+    known = expected.setup.gpu
+    return replace(expected.setup, gpu=with_memory(known, min(known.memory, total)))
 
 
 def _held(strangers: list[GpuProcess]) -> str:
