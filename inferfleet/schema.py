@@ -133,6 +133,8 @@ def _faults(error: Any, misread: Callable[[Keys], str]) -> Iterator[Fault]:
         yield Fault((*keys, error.instance), f"not a name: {error.schema['description']}", True)
     elif error.validator == "type":
         yield Fault(keys, _type_message(error, misread(keys)))
+    elif error.validator == "enum":
+        yield Fault(keys, _enum(error, misread(keys)))
     else:
         yield Fault(keys, _MESSAGES.get(error.validator, _as_it_is)(error))
 
@@ -167,9 +169,13 @@ def _required(error: Any) -> str:
     return f"'{missing[1]}' is missing" if missing else error.message
 
 
-def _enum(error: Any) -> str:
+def _enum(error: Any, misread: str) -> str:
     known = [str(v) for v in error.validator_value]
-    return f"must be one of {', '.join(known)}{did_you_mean(error.instance, known)}"
+    said = f"must be one of {', '.join(known)}"
+    if isinstance(error.instance, str):
+        return said + did_you_mean(error.instance, known)
+    said += f", not {_shown(error.instance)}"
+    return f"{said}; {misread}" if misread else said
 
 
 def _pattern(error: Any) -> str:
@@ -185,7 +191,6 @@ def _as_it_is(error: Any) -> str:
 
 _MESSAGES: dict[str, Callable[[Any], str]] = {
     "required": _required,
-    "enum": _enum,
     "pattern": _pattern,
     "minimum": lambda e: f"must be at least {e.validator_value}, not {e.instance}",
     "maximum": lambda e: f"must be at most {e.validator_value}, not {e.instance}",

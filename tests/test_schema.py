@@ -93,3 +93,20 @@ def test_what_is_secret_must_be_a_reference(value, said):
     found = [fault.message for fault in schema.faults(checker, {"key": value}, lambda _: "")]
     assert [message[: len(part)] for message, part in zip(found, said, strict=True)] == said
     assert not any("hunter2" in message for message in found)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("ollma", "must be one of ollama, vllm (did you mean ollama?)"),
+        (False, "must be one of ollama, vllm, not false; YAML reads unquoted no as false"),
+        (None, "must be one of ollama, vllm, not null; YAML reads unquoted no as false"),
+        (5, "must be one of ollama, vllm, not 5; YAML reads unquoted no as false"),
+        ([[]], "must be one of ollama, vllm, not a list; YAML reads unquoted no as false"),
+    ],
+)
+def test_a_choice_of_words_is_told_whatever_was_written(value, said):
+    checker = schema.validator({"properties": {"engine": {"enum": ["ollama", "vllm"]}}})
+    misread = "YAML reads unquoted no as false"
+    found = list(schema.faults(checker, {"engine": value}, lambda _: misread))
+    assert [fault.message for fault in found] == [said]
