@@ -48,9 +48,13 @@ class Fleet:
     def examine(self) -> None:
         """Let the doctor look at the hosts that would change; one it finds unfit falls out."""
         self.findings = diagnose_surveyed(self.project, self.plan, self.surveyed)
-        unfit = {finding.host for finding in failing(self.findings)}
-        for host in [host for host in self.surveyed if host.name in unfit]:
-            said = "nothing was changed: the doctor found what is said above (or --skip-doctor)"
+        errors = failing(self.findings)
+        for host in list(self.surveyed):
+            own = [finding.what for finding in errors if finding.host == host.name]
+            if not own:
+                continue
+            more = f" and {len(own) - 1} more" if len(own) > 1 else ""
+            said = f"{own[0]}{more}; nothing was changed (--skip-doctor pushes all the same)"
             self.results.append(self._failed(host.name, said))
             self.surveyed.remove(host)
             host.close()

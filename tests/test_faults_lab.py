@@ -138,8 +138,7 @@ def test_a_host_that_fails_says_why_and_stays_as_it_was(
     host, before = production.hosts[victim], production.trees()
     running = units(host)
     with trouble(production, host):
-        # the doctor would stop at a full disk; here the applier is to meet it
-        ran = production.run("provision", "--yes", "--skip-doctor", code=1)
+        ran = production.run("provision", "--yes", code=1)
         assert tree(host) == before.pop(victim)
         assert leftovers(host) == []
         if trouble is not powered_off:
