@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import make
 import pytest
 
 from inferfleet.cli import namespace
+from inferfleet.cli.command import agreed
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-W", "error", "-m", "inferfleet"]
@@ -71,6 +73,8 @@ def test_tasks_and_their_options_are_listed(tmp_path):
         (["render", "--output", "out"], "--output is for one phase"),
         (["plan"], "which phase?"),
         (["trust", "gpu-1"], "there is no host 'gpu-1' (did you mean gpu-01?)"),
+        (["lab", "--hosts", "few"], "--hosts is a whole number, not 'few'"),
+        (["--dry", "provision", "--phase", "pilot", "--yes"], "`plan` shows what would change"),
     ],
 )
 def test_wrong_usage_is_two(project, words, said):
@@ -93,6 +97,49 @@ def test_problems_are_one_and_nothing_is_written(tmp_path, words):
         "2 problems.",
     ]
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["own.yml"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["lab", "--hosts", "0"], "--hosts must be at least 1"),
+        (["schema", "--output", "nowhere/schema.json"], "nowhere/schema.json: no such file"),
+        (["render", "--phase", "pilot", "--output", "inventory/hosts.yml/x"], "not a directory"),
+    ],
+)
+def test_what_cannot_be_written_is_one_line(project, words, said):
+    done = run(project, *words)
+    assert done.returncode == 1, done
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", [["--help"], ["render", "--json"]])
+def test_a_reader_may_go_away(project, words):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [*COMMAND, *words],
+        cwd=project,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+        check=False,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_no_answer_is_no(monkeypatch, capsys):
+    ours, terminal = pty.openpty()
+    os.write(ours, b"\x04")  # Ctrl-D
+    with os.fdopen(terminal) as ended:
+        monkeypatch.setattr("sys.stdin", ended)
+        assert agreed("Sure?") is False
+    os.close(ours)
+    assert capsys.readouterr().out == "Sure? [y/N] \n"
 
 
 def test_fine_is_zero(project):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 
 from invoke.collection import Collection
@@ -10,7 +12,7 @@ from invoke.program import Program
 
 from inferfleet import __version__
 from inferfleet.cli.capacity import fit, recommend, size
-from inferfleet.cli.command import USAGE
+from inferfleet.cli.command import CUT, USAGE
 from inferfleet.cli.hosts import discover, doctor, plan, provision, trust, verify
 from inferfleet.cli.inventories import check, init, render, schema
 from inferfleet.cli.rehearsals import demo, lab
@@ -53,4 +55,14 @@ def _as_usage(parse: Callable[[], None]) -> None:
 
 def main() -> None:
     """The `inferfleet` command."""
-    _Program(name="inferfleet", binary="inferfleet", version=__version__, namespace=namespace).run()
+    program = _Program(
+        name="inferfleet", binary="inferfleet", version=__version__, namespace=namespace
+    )
+    try:
+        try:
+            program.run()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read along has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(CUT) from None

@@ -22,7 +22,7 @@ from inferfleet.errors import Error, InventoryError, UsageError
 if TYPE_CHECKING:
     from inferfleet.project import Project
 
-FINE, PROBLEMS, USAGE, INTERRUPTED = 0, 1, 2, 130
+FINE, PROBLEMS, USAGE, INTERRUPTED, CUT = 0, 1, 2, 130, 141  # as shells count signals
 INVENTORY = "the inventory's folder (default: inventory/)"
 LIMIT = "only these hosts: names, groups, globs, with commas between"
 PHASE = "the phase, such as pilot"
@@ -45,12 +45,20 @@ def command(**helps: str) -> Callable[[Callable[..., int]], Any]:
     def decorate(function: Callable[..., int]) -> Any:
         @functools.wraps(function)
         def run(context: Context, /, *args: Any, **options: Any) -> None:
+            as_json = bool(options.get("json"))
             try:
+                if context.config.run.dry:
+                    raise UsageError("--dry is invoke's own; `plan` shows what would change")
                 code = function(context, *args, **options)
             except Error as error:
-                code = _shown(error, as_json=bool(options.get("json")))
+                code = _shown(error, as_json=as_json)
+            except OSError as error:
+                if error.filename is None:
+                    raise
+                why = (error.strerror or str(error)).lower()
+                code = _shown(Error(f"{error.filename}: {why}"), as_json=as_json)
             except KeyboardInterrupt:
-                print("interrupted; hosts finish what they began", file=sys.stderr)
+                print("\ninterrupted; hosts finish what they began", file=sys.stderr)
                 code = INTERRUPTED
             if code:
                 raise Exit(code=code)
@@ -94,4 +102,8 @@ def agreed(question: str) -> bool:
     """Whether somebody at the terminal says yes."""
     if not sys.stdin.isatty():
         raise UsageError("nobody to ask here: add --yes, or run it on a terminal")
-    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:  # Ctrl-D is no answer
+        print()
+        return False
