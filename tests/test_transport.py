@@ -771,10 +771,10 @@ def test_hashed_known_hosts(tmp_path: Path) -> None:
 
 def test_a_large_known_hosts_is_read_quickly() -> None:
     text = "".join(f"host-{n}.example.com,192.0.2.{n} ssh-ed25519 {KEY}\n" for n in range(10_000))
-    started = time.perf_counter()
+    started = time.process_time()  # not the clock's: the machine may be busy with other tests
     known = KnownHosts(text)
     assert len(list(known.find("host-9999.example.com"))) == 1
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
 
 
 def entry(name: str, key: str = KEY) -> HostKey:

@@ -19,7 +19,7 @@ import yaml
 
 from inferfleet.roles import shipped
 
-PACKAGED = ("gpu_exporter", "monitoring", "node_exporter")
+PACKAGED = ("gpu_exporter", "model_cache", "monitoring", "node_exporter")
 
 
 @dataclass(frozen=True, slots=True)
