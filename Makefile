@@ -11,7 +11,7 @@ test: .venv/dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/pytest -m "not engine" $(ARGS)
+	@$(BIN)/pytest -m "not engine" -n 2 --dist loadfile $(ARGS)
 
 # a stamp for each set of extras; a changed pyproject.toml installs again
 .venv/%: pyproject.toml
