@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
 from inferfleet.model import Ensure, sh
 
 VERIFY_UNIT = ("systemd-analyze", "verify", "--man=no", "{path}")
@@ -21,6 +25,15 @@ else
 fi
 """
 
+_PUT = """\
+set -e
+put() {
+  mkdir -p "${1%/*}"
+  printf %s "$2" >"$1.new"
+  chmod 644 "$1.new"
+  mv "$1.new" "$1"
+}"""
+
 _UNTIL = """\
 restarts() {{ systemctl show -p NRestarts --value {unit}; }}
 before=$(restarts)
@@ -32,6 +45,48 @@ until {test}; do
   sleep 0.5
 done
 """
+
+
+def repository(name: str, source: Mapping[str, Any]) -> Ensure:
+    """A package source of one's own: `url`, with `suite` for apt and without for dnf.
+
+    `key` is the text of its public keys, `keyring` a file with them on the host. It is there
+    before packages are installed, hence no artefact; it stays when nobody wants it any more.
+    """
+    written = dict(_source(f"inferfleet-{name}", source))
+    sums = "".join(f"{hashlib.sha256(t.encode()).hexdigest()}  {p}\n" for p, t in written.items())
+    puts = [f"put {sh(path, text)}" for path, text in written.items()]
+    return Ensure(
+        f"packages of {name} come from {source['url']}",
+        test=f"printf %s {sh(sums)} | sha256sum -c --status",
+        run="\n".join((_PUT, *puts, "apt-get update" if "suite" in source else "")),
+        before=True,
+    )
+
+
+def _source(name: str, source: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The files of a package source: path, content."""
+    apt = "suite" in source
+    keyring = source.get("keyring")
+    if not keyring:
+        keyring = f"/etc/apt/keyrings/{name}.asc" if apt else f"/etc/pki/rpm-gpg/{name}.asc"
+        yield keyring, source["key"].strip() + "\n"
+    if apt:
+        components = " ".join(source.get("components", ()))
+        lines = ["Types: deb", f"URIs: {source['url']}", f"Suites: {source['suite']}"]
+        lines += [f"Components: {components}"] if components else []
+        yield (
+            f"/etc/apt/sources.list.d/{name}.sources",
+            "\n".join([*lines, f"Signed-By: {keyring}", ""]),
+        )
+    else:
+        lines = [f"[{name}]", f"name={name}", f"baseurl={source['url']}", "gpgcheck=1"]
+        yield f"/etc/yum.repos.d/{name}.repo", "\n".join([*lines, f"gpgkey=file://{keyring}", ""])
+
+
+def packages(title: str, test: str, names: Iterable[str]) -> Ensure:
+    """The distribution's packages, known by a `test` of what they bring (apt or dnf)."""
+    return Ensure(title, test, _INSTALL.format(name=sh(*names)), timeout=1800, before=True)
 
 
 def package(name: str, command: str) -> Ensure:

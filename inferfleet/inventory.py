@@ -267,12 +267,16 @@ def _host(name: str, entry: Mapping[str, Any], groups: Mapping[str, Any]) -> Hos
 
 
 def _gpus(entries: Iterable[Mapping[str, Any]]) -> tuple[Gpu, ...]:
-    found = [
-        (entry["model"], entry.get("island", 0))
-        for entry in entries
-        for _ in range(entry.get("count", 1))
-    ]
-    return tuple(Gpu(index, model, island) for index, (model, island) in enumerate(found))
+    whole = [entry for entry in entries for _ in range(entry.get("count", 1))]
+    found: list[Gpu] = []
+    for number, entry in enumerate(whole):
+        model, island, profiles = entry["model"], entry.get("island", 0), entry.get("mig", ())
+        for slot, mig in enumerate(profiles):
+            found.append(Gpu(len(found), f"{model} MIG {mig}", island, mig, f"{number}:{slot}"))
+        if not profiles:
+            moved = str(number) if number != len(found) else ""
+            found.append(Gpu(len(found), model, island, device=moved))
+    return tuple(found)
 
 
 def _model(name: str, entry: Mapping[str, Any]) -> Model:

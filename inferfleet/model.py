@@ -31,14 +31,22 @@ class Secret:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU of a host. `index` counts in PCI bus order, as nvidia-smi does.
+    """One GPU of a host, or a MIG slice of one. `index` counts in PCI bus order.
 
-    GPUs of one `island` are joined by NVLink or share a NUMA node.
+    GPUs of one `island` are joined by NVLink or share a NUMA node. `device` is how nvidia-smi and
+    CDI count where slices come before: "2", or "0:1" for the second slice of the first GPU.
     """
 
     index: int
     model: str
     island: int = 0
+    mig: str = ""  # a slice's profile, such as "3g.71gb"
+    device: str = ""
+
+    @property
+    def name(self) -> str:
+        """What containers ask for."""
+        return self.device or str(self.index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +154,12 @@ class Instance:
     @property
     def name(self) -> str:
         return f"{self.deployment.name}-{self.index}"
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Its GPUs as containers ask for them: by number, or "0:1" for a MIG slice."""
+        known = {gpu.index: gpu.name for gpu in self.host.gpus}
+        return tuple(known.get(index, str(index)) for index in self.gpus)
 
     @property
     def unit(self) -> str:

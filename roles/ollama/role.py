@@ -183,7 +183,7 @@ def _docker(instance: Instance, render: Render) -> Iterator[Artefact | Ensure]:
         arguments=["serve"],
         variables=variables(instance),
         published=f"{instance.endpoint}:{CONTAINER_PORT}",
-        gpus=instance.gpus,
+        gpus=instance.devices,
         cdi=options["gpu_access"] == "cdi",
         home=HOME,
         stop_timeout=STOP_TIMEOUT,

@@ -134,7 +134,7 @@ def _instance(
         variables=variables(instance, offline=bool(folder)),
         published=f"{instance.endpoint}:{CONTAINER_PORT}",
         port=CONTAINER_PORT,
-        gpus=instance.gpus,
+        gpus=instance.devices,
         cdi=options["gpu_access"] == "cdi",
         cache=f"{CACHE}/huggingface",
         mounted=folder or (model.repository if model.repository.startswith("/") else ""),

@@ -207,7 +207,7 @@ def _container(instance: Instance, model_cache: CachedModel | None) -> dict[str,
         "arguments": arguments(instance, "0.0.0.0", CONTAINER_PORT, folder),  # noqa: S104 - inside
         "variables": variables(instance, offline=bool(folder)),
         "published": f"{instance.endpoint}:{CONTAINER_PORT}",
-        "gpus": instance.gpus,
+        "gpus": instance.devices,
         "cache": CACHE,
         "mounted": [p for p in dict.fromkeys(read) if p.startswith("/") and IN_IMAGE not in p],
         "ipc": options["ipc"],
