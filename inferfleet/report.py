@@ -163,7 +163,9 @@ def _event_words(event: dict[str, Any]) -> str:
     if kind == "ensure":
         return f"{event['title']}{'' if state == 'ok' else f' ({state})'}"
     if kind == "unit":
-        what = event["verb"] if event["unit"] == event["verb"] else f"{event['verb']} {event['unit']}"
+        what = (
+            event["verb"] if event["unit"] == event["verb"] else f"{event['verb']} {event['unit']}"
+        )
         return f"{what}{'' if state == 'ok' else f' ({state})'}"
     words = {
         "recovered": f"{event.get('how')} a run that was cut short",
