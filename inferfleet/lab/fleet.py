@@ -19,7 +19,15 @@ import yaml
 
 from inferfleet.roles import shipped
 
-PACKAGED = ("gpu_exporter", "model_cache", "monitoring", "node_exporter")
+PACKAGED = (
+    "base",
+    "docker",
+    "gpu_exporter",
+    "model_cache",
+    "monitoring",
+    "node_exporter",
+    "nvidia",
+)
 
 
 @dataclass(frozen=True, slots=True)
