@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from inferfleet import outlook, plan, sizing
+from inferfleet import addresses, outlook, plan, sizing
 from inferfleet.capacity import CapacityError
 from inferfleet.model import Deployment, Host, Inventory, Phase, Plan
 from inferfleet.roles import Library
@@ -18,7 +18,7 @@ _OWN = {field.name for field in fields(Deployment)}  # the others are its engine
 
 def check(inventory: Inventory, library: Library) -> Iterator[Fault]:
     """Every fault of an inventory whose entries each fit the schema."""
-    yield from _addresses(inventory)
+    yield from addresses.check(inventory)
     yield from _heads(inventory)
     yield from _shapes(inventory)
     for phase in inventory.phases.values():
@@ -26,18 +26,10 @@ def check(inventory: Inventory, library: Library) -> Iterator[Fault]:
         yield from _gpus(inventory, phase)
         yield from _packed(inventory, phase, library)
         built = plan.build(inventory, phase, library)
+        yield from addresses.listening(built)
         yield from _ports(built, library)
         yield from _roles(built, library)
         yield from _memory(built, inventory)
-
-
-def _addresses(inventory: Inventory) -> Iterator[Fault]:
-    seen: dict[tuple[str, int | None], str] = {}
-    for host in inventory.hosts.values():
-        first = seen.setdefault((host.address, host.port), host.name)
-        if first != host.name:
-            said = f"has the address of '{first}', {host.address}: two hosts cannot share one"
-            yield Fault(("hosts", host.name, "address"), said)
 
 
 def _heads(inventory: Inventory) -> Iterator[Fault]:
@@ -147,6 +139,8 @@ def _claims(host: Host, deployments: list[Deployment], phase: Phase) -> Iterator
 def _ports(built: Plan, library: Library) -> Iterator[Fault]:
     for host in built.hosts:
         listeners: dict[int, list[tuple[str, ...]]] = defaultdict(list)
+        if host.connection == "ssh":
+            listeners[host.port or addresses.SSH].append(("sshd",))
         for step in built.steps[host.name]:
             if step.instances:
                 for instance in step.instances:

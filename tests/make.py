@@ -69,7 +69,7 @@ models:
 
 
 def _host(number: int, cells: int) -> str:
-    """Addresses are names: the ranges for examples hold no ten thousand of them."""
+    """Of the ranges for examples, only that of IPv6 holds ten thousand addresses."""
     cell = number % cells
     edge = number < cells
     group = f"edge-{cell}" if edge else f"cell-{cell}"
@@ -77,6 +77,7 @@ def _host(number: int, cells: int) -> str:
     return (
         f"  host-{number:05}:\n"
         f"    address: host-{number:05}.example.com\n"
+        f"    private_address: 2001:db8::{number + 1:x}\n"
         f"    groups: [{group}]\n"
         f"{gpus}"
         f"    ram_gib: 512\n"

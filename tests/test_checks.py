@@ -24,6 +24,59 @@ CASES = {
             " two hosts cannot share one"
         ],
     ),
+    "one address, spelt twice": (
+        "hosts:\n  a: {address: 2001:db8::1}\n  b: {address: '2001:DB8:0::1', port: 22}",
+        [
+            "own.yml:3:16: hosts.b.address: has the address of 'a', 2001:DB8:0::1:"
+            " two hosts cannot share one"
+        ],
+    ),
+    "one private address twice": (
+        """\
+        hosts:
+          a: {address: 192.0.2.8, private_address: 192.0.2.80}
+          b: {address: 192.0.2.9, private_address: 192.0.2.80}
+        """,
+        [
+            "own.yml:3:44: hosts.b.private_address: has the private_address of 'a', 192.0.2.80:"
+            " two hosts cannot share one"
+        ],
+    ),
+    "an address that is every interface": (
+        "hosts: {a: {address: 192.0.2.9, private_address: 0.0.0.0}, b: {address: '::'}}",
+        [
+            "own.yml:1:50: hosts.a.private_address: 0.0.0.0 stands for every interface;"
+            " name one address of the host",
+            "own.yml:1:73: hosts.b.address: :: stands for every interface;"
+            " name one address of the host",
+        ],
+    ),
+    "engines that listen on an alias": (
+        """\
+        hosts: {gpu-03: {address: alias, gpus: [{model: L40S}]}}
+        deployments:
+          d: {engine: simulator, model: coder, hosts: [gpu-03], port: 8000}
+        phases:
+          p:
+            users: 1
+            why: w
+            hosts: [gpu-03, lb-01]
+            deployments: [d]
+            roles: {balancer: {hosts: [lb-01], port: 80, api_keys: {x: !env X}}}
+        """,
+        [
+            "own.yml:1:9: hosts.gpu-03.private_address: engines listen on 'alias', which is no IP"
+            " address: add private_address"
+        ],
+    ),
+    "a service on the port of SSH": (
+        """\
+        deployments:
+          d: {engine: simulator, model: coder, hosts: [gpu-01], port: 22}
+        phases: {p: {users: 1, why: w, hosts: [gpu-01], deployments: [d]}}
+        """,
+        ["own.yml:2:63: deployments.d.port: port 22 of gpu-01 is taken by 'sshd' (phase p)"],
+    ),
     "two hosts behind one address, on other ports": (
         "hosts: {a: {address: 192.0.2.9, port: 1}, b: {address: 192.0.2.9, port: 2}}",
         [],
