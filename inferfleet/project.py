@@ -73,10 +73,11 @@ class Project:
         patterns = [part.strip() for part in limit.split(",") if part.strip()]
         found, unknown = inventories.select(patterns, self.inventory.hosts, self.inventory.groups)
         left = tuple(host for host in hosts if host.name in found)
-        if unknown or not left:
-            known = [*self.inventory.hosts, *self.inventory.groups]
-            meant = did_you_mean(unknown[0], known) if unknown else ""
-            raise UsageError(f"--limit {limit}: none of the hosts here{meant}")
+        if unknown:
+            meant = did_you_mean(unknown[0], [*self.inventory.hosts, *self.inventory.groups])
+            raise UsageError(f"--limit {limit}: there is no host or group '{unknown[0]}'{meant}")
+        if not left:
+            raise UsageError(f"--limit {limit}: none of the hosts here")
         return left
 
     @cached_property

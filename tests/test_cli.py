@@ -70,6 +70,11 @@ def test_tasks_and_their_options_are_listed(tmp_path):
         (["check", "--quux"], "No idea what '--quux' is"),
         (["render", "--phase", "pilt"], "there is no phase 'pilt' (did you mean pilot?)"),
         (["render", "--phase", "pilot", "--limit", "lb-01"], "lb-01"),
+        (
+            ["check", "--limit", "gpu-01,lb-1"],
+            "--limit gpu-01,lb-1: there is no host or group 'lb-1' (did you mean lb-01?)",
+        ),
+        (["render", "--phase", "pilot", "--limit", ","], "--limit ,: none of the hosts here"),
         (["render", "--output", "out"], "--output is for one phase"),
         (["plan"], "which phase?"),
         (["trust", "gpu-1"], "there is no host 'gpu-1' (did you mean gpu-01?)"),
