@@ -242,7 +242,7 @@ def test_an_entry_counts_slices_in_place_of_their_gpu():
     slices = (MigInstance("NVIDIA H200 MIG 3g.71gb"),) * 2
     facts = Facts("h", gpus=(GpuFacts(0, "NVIDIA H200", mig=True, mig_instances=slices), H200))
     entry = yaml.safe_load(discover.entry(facts)["gpus"])
-    assert entry == [{"model": "H200 MIG 3g.71gb", "count": 2}, {"model": "H200"}]
+    assert entry == [{"model": "H200", "mig": ["3g.71gb", "3g.71gb"]}, {"model": "H200"}]
 
 
 def test_only_what_differs_is_written():

@@ -70,7 +70,7 @@ def test_mig_slices_have_names_and_memory_of_their_own(seen):
     assert {each.memory_total for each in sliced.mig_instances} == {71040 * MIB}
     assert len({each.uuid for each in sliced.mig_instances}) == 2
     assert (whole.mig, whole.mig_pending, whole.mig_instances) == (False, True, ())
-    assert discover.entry(facts)["gpus"] == "[{model: H200 MIG 3g.71gb, count: 2}, {model: H200}]"
+    assert discover.entry(facts)["gpus"] == "[{model: H200, mig: [3g.71gb, 3g.71gb]}, {model: H200}]"
 
 
 def card(**more: object) -> dict:
@@ -167,4 +167,4 @@ def test_the_table_shows_cards_slices_and_holders(library):  # noqa: F811
     ).stdout
     assert "driver 580.95.05, CUDA 13.0 (by nvml)" in said
     assert "NVIDIA H200 MIG 3g.71gb  69.4 GiB" in said
-    assert "gpus: [{model: H200 MIG 3g.71gb, count: 2}, {model: H200}]" in said
+    assert "gpus: [{model: H200, mig: [3g.71gb, 3g.71gb]}, {model: H200}]" in said

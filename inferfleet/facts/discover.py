@@ -25,9 +25,9 @@ def entry(facts: Facts) -> dict[str, str]:
     """The keys of an inventory entry that facts can tell, each a line of YAML."""
     found = {}
     if facts.gpus:
-        names = [_short(device.name) for device in devices(facts)]
-        counted = ((name, len(list(same))) for name, same in groupby(names))
-        found["gpus"] = "[" + ", ".join(_one(*each) for each in counted) + "]"
+        kinds = [(_short(gpu.name), _slices(gpu)) for gpu in facts.gpus]
+        counted = ((kind, len(list(same))) for kind, same in groupby(kinds))
+        found["gpus"] = "[" + ", ".join(_one(*kind, count) for kind, count in counted) + "]"
     if facts.ram_total:
         found["ram_gib"] = str(facts.ram_total // GIB)
     if disk := facts.disk_of(weights.CACHE):
@@ -35,9 +35,19 @@ def entry(facts: Facts) -> dict[str, str]:
     return found
 
 
-def _one(name: str, count: int) -> str:
+def _slices(gpu: GpuFacts) -> tuple[str, ...]:
+    """Profiles of its MIG slices, such as "3g.71gb"; none when it is whole."""
+    return tuple(one.name.partition(" MIG ")[2] for one in gpu.mig_instances) if gpu.mig else ()
+
+
+def _one(name: str, mig: tuple[str, ...], count: int) -> str:
     quoted = name if re.fullmatch(r"[A-Za-z][A-Za-z0-9 ._-]*", name) else f'"{name}"'
-    return f"{{model: {quoted}, count: {count}}}" if count > 1 else f"{{model: {quoted}}}"
+    words = [f"model: {quoted}"]
+    if mig:
+        words.append(f"mig: [{', '.join(mig)}]")
+    if count > 1:
+        words.append(f"count: {count}")
+    return "{" + ", ".join(words) + "}"
 
 
 def _short(name: str) -> str:

@@ -118,7 +118,7 @@ class ContainerFacts:
     toolkit: str = ""
     toolkit_mode: str = ""
     cdi_specs: tuple[str, ...] = ()
-    device_links: bool = False  # /dev/char/195:*, which keep GPUs through a daemon-reload
+    device_links: bool = False  # /dev/char/195:*, which runc 1.1.3 to 1.1.6 needs
     running: tuple[Container, ...] = field(default=(), metadata={"of": Container})
 
 
