@@ -70,7 +70,8 @@ def test_mig_slices_have_names_and_memory_of_their_own(seen):
     assert {each.memory_total for each in sliced.mig_instances} == {71040 * MIB}
     assert len({each.uuid for each in sliced.mig_instances}) == 2
     assert (whole.mig, whole.mig_pending, whole.mig_instances) == (False, True, ())
-    assert discover.entry(facts)["gpus"] == "[{model: H200, mig: [3g.71gb, 3g.71gb]}, {model: H200}]"
+    gpus = discover.entry(facts)["gpus"]
+    assert gpus == "[{model: H200, mig: [3g.71gb, 3g.71gb]}, {model: H200}]"
 
 
 def card(**more: object) -> dict:
