@@ -109,9 +109,15 @@ def _applying(reason: str, on_event: push.OnEvent) -> Callable[[Surveyed], Resul
 
 
 def expected(project: Project, plan: Plan) -> tuple[list[str], dict[str, list[dict[str, Any]]]]:
-    """What each deployment is expected to carry and where it was placed: lines, and for JSON."""
+    """What to expect of the plan before any host is asked: lines, and for JSON.
+
+    What a rehearsal leaves out, where instances were placed, what deployments can carry.
+    """
     found = outlook.outlooks(plan, project.inventory)
+    roles = {p.role: project.library.role(p.role) for p in plan.phase.placements}
+    left = [name for name, role in roles.items() if plan.rehearsal and not role.rehearsable]
     lines = [
+        *([f"Left out in a rehearsal: {', '.join(left)}."] if left else []),
         *outlook_lines.placed(plan),
         *(outlook_lines.line(one, plan.phase.users) for one in found),
     ]
