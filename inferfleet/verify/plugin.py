@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from testinfra.host import Host as Testinfra
 
 from inferfleet import transport
 from inferfleet.calibration import Observed
+from inferfleet.errors import Error, HostError
 from inferfleet.model import Instance, Inventory, Plan, Secret, Step
 from inferfleet.project import Project
 from inferfleet.secrets import scrub
@@ -32,12 +33,20 @@ class _Fleet:
     project: Project
     plan: Plan
     hosts: list[str]
-    ways: dict[str, transport.Transport]
+    ways: dict[str, transport.Transport] = field(default_factory=dict)
+    lost: dict[str, HostError] = field(default_factory=dict)
 
     def way(self, name: str) -> transport.Transport:
+        """The one connection to a host; one that could not be made is not tried for each test."""
+        if name in self.lost:
+            raise self.lost[name]
         if name not in self.ways:
             host = self.project.inventory.hosts[name]
-            self.ways[name] = transport.connect(host, self.project.options())
+            try:
+                self.ways[name] = transport.connect(host, self.project.options())
+            except HostError as error:
+                self.lost[name] = error
+                raise
         return self.ways[name]
 
 
@@ -81,7 +90,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.getoption("--fleet-phase"), rehearse=config.getoption("--fleet-rehearse")
     )
     hosts = config.getoption("--fleet-hosts").split(",")
-    config.stash[_STATE] = _Fleet(project, plan, hosts, {})
+    config.stash[_STATE] = _Fleet(project, plan, hosts)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -124,16 +133,23 @@ def _claim(item: pytest.Item) -> str:
 
 
 @pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """No secret leaves in a failure's text, whatever a test compared."""
     outcome = yield
     report = outcome.get_result()  # type: ignore[attr-defined]
     if report.failed:
         secrets = item.config.stash[_STATE].project.secrets
-        crash = getattr(report.longrepr, "reprcrash", None)
-        message = scrub(crash.message if crash else str(report.longrepr), secrets)
-        report.user_properties.append(("message", message))
+        report.user_properties.append(("message", scrub(_why(report, call), secrets)))
         report.longrepr = scrub(str(report.longrepr), secrets)
+
+
+def _why(report: Any, call: pytest.CallInfo[None]) -> str:
+    """Why a test failed, as people say it: without the names of exceptions."""
+    if call.excinfo and isinstance(call.excinfo.value, Error):
+        return str(call.excinfo.value)
+    crash = getattr(report.longrepr, "reprcrash", None)
+    said = str(crash.message if crash else report.longrepr)
+    return said.removeprefix("AssertionError: ")
 
 
 @pytest.fixture(scope="session")

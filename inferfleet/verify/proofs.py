@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from testinfra.host import Host
 
-from inferfleet.model import Instance, Secret
+from inferfleet.model import Instance, Plan, Secret
+from inferfleet.plan import SIMULATOR
 from inferfleet.verify.plugin import Answer
 
 __all__ = [
@@ -29,7 +30,7 @@ PROMPT = "Write a Python function that adds two numbers."
 
 def url(instance: Instance, path: str) -> str:
     """Where the instance's own host reaches it."""
-    return f"http://{instance.listen}:{instance.port}{path}"
+    return f"http://{instance.endpoint}{path}"
 
 
 def chat(instance: Instance, **more: Any) -> dict[str, Any]:
@@ -62,16 +63,27 @@ def test_listens_only_where_it_should(host: Host, instance: Instance) -> None:
     """its port is open on its own address only"""
     sockets = host.check_output("ss -Hltn 'sport = :%s'", str(instance.port)).splitlines()
     addresses = {line.split()[3].rpartition(":")[0] for line in sockets}
-    assert addresses == {instance.listen}
+    wanted = instance.endpoint.rpartition(":")[0]
+    assert addresses == {wanted}, f"it is open on {', '.join(sorted(addresses)) or 'none'}"
 
 
-def test_answers_with_real_tokens(ask: Ask, instance: Instance, engine_key: Secret | None) -> None:
+def test_answers_with_real_tokens(
+    ask: Ask, instance: Instance, engine_key: Secret | None, plan: Plan
+) -> None:
     """a chat request brings real tokens"""
     answer = ask(url(instance, "/v1/chat/completions"), key=engine_key, json=chat(instance))
+    assert answered(answer, instance, plan)["usage"]["completion_tokens"] > 0
+
+
+def answered(answer: Answer, instance: Instance, plan: Plan) -> Any:
+    """A chat's answer has content, and not the simulator's where an engine should be."""
     assert answer.status == 200, answer.error or answer.text[:500]
     said = answer.json()
     assert said["choices"][0]["message"]["content"].strip(), "the answer is empty"
-    assert said["usage"]["completion_tokens"] > 0
+    if not plan.rehearsal and instance.deployment.engine != SIMULATOR:
+        stands_in = str(said.get("system_fingerprint")).startswith(SIMULATOR)
+        assert not stands_in, "the simulator of a rehearsal answered: provision without --rehearse"
+    return said
 
 
 def test_refuses_without_the_key(ask: Ask, instance: Instance, engine_key: Secret | None) -> None:
@@ -105,7 +117,7 @@ def streamed(answer: Answer) -> None:
 
 @pytest.mark.disruptive
 def test_comes_back_after_a_restart(
-    host: Host, ask: Ask, instance: Instance, engine_key: Secret | None
+    host: Host, ask: Ask, instance: Instance, engine_key: Secret | None, plan: Plan
 ) -> None:
     """after a restart it serves again"""
     host.check_output("systemctl restart %s", instance.unit)
@@ -116,4 +128,4 @@ def test_comes_back_after_a_restart(
         "sleep 0.5; done; exit 1"
     )
     assert host.run(f"timeout {timeout} sh -c %s", probe).rc == 0, "its port does not open again"
-    test_answers_with_real_tokens(ask, instance, engine_key)
+    test_answers_with_real_tokens(ask, instance, engine_key, plan)
