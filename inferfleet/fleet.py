@@ -53,7 +53,7 @@ class Fleet:
             own = [finding.what for finding in errors if finding.host == host.name]
             if not own:
                 continue
-            more = f" and {len(own) - 1} more" if len(own) > 1 else ""
+            more = f" (and {report.counted(len(own) - 1, 'more error')})" if len(own) > 1 else ""
             said = f"{own[0]}{more}; nothing was changed (--skip-doctor pushes all the same)"
             self.results.append(self._failed(host.name, said))
             self.surveyed.remove(host)

@@ -92,7 +92,7 @@ def plan_summary(diffs: Sequence[Diff], failures: int) -> str:
         return _nothing(len(diffs))
     restarts = counted(sum(len(found.restarts) for found in waiting), "restart")
     said = f"{len(waiting)} of {counted(len(diffs) + failures, 'host')} would change, {restarts}"
-    return f"{said}, {failures} not reached." if failures else f"{said}."
+    return f"{said}, {failures} failed." if failures else f"{said}."
 
 
 def _nothing(hosts: int) -> str:

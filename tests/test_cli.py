@@ -137,6 +137,13 @@ def test_a_reader_may_go_away(project, words):
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+def test_a_terminal_may_lack_signs(tmp_path):
+    make.write(tmp_path, own="hosts: {wéb: {address: 192.0.2.1}}")
+    done = run(tmp_path, "check", PYTHONIOENCODING="ascii")
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert "hosts.w?b: not a name" in done.stderr
+
+
 def test_no_answer_is_no(monkeypatch, capsys):
     ours, terminal = pty.openpty()
     os.write(ours, b"\x04")  # Ctrl-D

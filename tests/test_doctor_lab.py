@@ -178,7 +178,7 @@ def test_an_orphan_and_a_taken_port_stop_provisioning_before_it_changes_anything
     before = tree(ward.host)
     stopped = ward.run("provision", "--phase", "pilot", "--yes", code=1)
     assert stopped.count("gpu-01: error: ") == 3
-    assert "and 2 more; nothing was changed (--skip-doctor pushes all the same)" in stopped
+    assert "(and 2 more errors); nothing was changed (--skip-doctor pushes all the same)" in stopped
     stopped = json.loads(ward.run("provision", "--phase", "pilot", "--yes", "--json", code=1))
     assert (stopped["ok"], kinds(stopped)) == (False, ["orphan", "memory", "port"])
     assert tree(ward.host) == before == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -58,6 +59,9 @@ def main() -> None:
     program = _Program(
         name="inferfleet", binary="inferfleet", version=__version__, namespace=namespace
     )
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a sign that it lacks is no reason to stop
+            stream.reconfigure(errors="replace")
     try:
         try:
             program.run()
