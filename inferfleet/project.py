@@ -9,7 +9,7 @@ from pathlib import Path
 
 from inferfleet import inventory as inventories
 from inferfleet import plan as plans
-from inferfleet.errors import UsageError
+from inferfleet.errors import SecretError, TransportError, UsageError
 from inferfleet.model import Bundle, Host, Inventory, Phase, Plan
 from inferfleet.render import Renderer, Reveal
 from inferfleet.roles import Library
@@ -100,4 +100,7 @@ class Project:
         )
 
     def _become_password(self, host: Host) -> str | None:
-        return self.secrets.resolve(host.become_password) if host.become_password else None
+        try:
+            return self.secrets.resolve(host.become_password) if host.become_password else None
+        except SecretError as error:  # this host's trouble, not its siblings'
+            raise TransportError(host.name, str(error)) from error

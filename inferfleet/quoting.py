@@ -109,7 +109,7 @@ def bearer(value: object) -> Quoted:
 def nginx_bearer(value: object) -> Quoted:
     """The source of a map entry that matches one key; as a plain string, case would not count."""
     key = bearer(value)
-    return Quoted(f'"~^Bearer {key if isinstance(value, Mask) else re.escape(key)}$"')
+    return Quoted(f'"~^(?i:Bearer) {key if isinstance(value, Mask) else re.escape(key)}$"')
 
 
 def nginx(value: object) -> Quoted:

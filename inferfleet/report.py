@@ -18,6 +18,7 @@ from inferfleet.model import Artefact, Diff, Result
 
 _SIGNS = {"create": "+", "update": "~", "remove": "-", "ensure": "!", "pay": "!", "": " "}
 _COLOURS = {"create": "green", "update": "yellow", "remove": "red", "ensure": "cyan", "pay": "cyan"}
+LONGEST = 40  # lines of a new file that a plan shows
 _STATUS = {"unchanged": "dim", "changed": "green", "failed": "bold red", "skipped": "yellow"}
 
 
@@ -63,9 +64,13 @@ def show_diff(out: Console, found: Diff, artefacts: Iterable[Artefact], before: 
 
 
 def _show_lines(out: Console, lines: Sequence[str]) -> None:
-    for line in lines[2:]:  # the two file headers say what stands above already
+    body = lines[2:]  # the two file headers say what stands above already
+    cut = len(body) > 2 * LONGEST and all(line[:1] in "+@" for line in body)  # a new file
+    for line in body[:LONGEST] if cut else body:
         style = {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], "")
         out.print(Text("      " + line, style=style))
+    if cut:
+        out.print(f"      ... {len(body) - LONGEST} more lines; `render` writes all of them")
 
 
 def headline(found: Diff) -> str:

@@ -141,7 +141,7 @@ def test_one_variable_changes_one_file_and_restarts_one_unit(production):
 class Stream(threading.Thread):
     """A chat streamed through the balancer, with the time at which each event came."""
 
-    def __init__(self, fleet: Fleet, key: str, tokens: int) -> None:
+    def __init__(self, fleet: Fleet, key: str, tokens: int, **headers: str) -> None:
         super().__init__(daemon=True)
         certificate = fleet.inventory / "secrets/tls.crt"
         self._connection = http.client.HTTPSConnection(
@@ -161,6 +161,7 @@ class Stream(threading.Thread):
             {
                 "Authorization": f"Bearer {key}",
                 "Content-Type": "application/json",
+                **headers,
             },
         )
         self.status = 0
@@ -208,6 +209,17 @@ def test_a_new_client_is_let_in_without_cutting_a_stream(production):
     assert stream.events[-1][1] == "data: [DONE]"
     assert sum('"content"' in event for _, event in stream.events) >= 180
     assert units(host) == before
+
+
+def test_engines_that_are_busy_are_not_taken_for_dead(production):
+    busy = {"x-simulator-fault": "status=503"}
+    for _ in range(8):  # as often as would eject both engines of a host, if it counted
+        refused = Stream(production, production.key("web"), tokens=1, **busy)
+        refused.run()
+        assert refused.status == 503
+    served = Stream(production, production.key("web"), tokens=1)
+    served.run()
+    assert served.status == 200
 
 
 # Less

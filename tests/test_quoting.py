@@ -447,5 +447,5 @@ def _assert_nginx(folder, found, values):
     (key_map,) = clients["parsed"]
     assert [(d["directive"], d["args"]) for d in key_map["block"]] == [
         ("default", [""]),
-        ("~^Bearer k3y$", [values["client"]]),
+        ("~^(?i:Bearer) k3y$", [values["client"]]),
     ]

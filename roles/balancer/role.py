@@ -20,6 +20,14 @@ NGINX = "/usr/sbin/nginx"
 # nginx -t creates the pid file it is told of: not the running one's
 CHECK = (NGINX, "-t", "-q", "-c", "{path}", "-g", "pid /run/inferfleet-balancer-check.pid;")
 
+ERRORS = (  # what nginx answers by itself: status, OpenAI's type of error, words
+    (404, "invalid_request_error", "there is nothing here; requests go to /v1/"),
+    (413, "invalid_request_error", "the request is larger than the balancer takes"),
+    (429, "rate_limit_error", "too many requests of this client are open"),
+    (502, "server_error", "no engine answers"),
+    (504, "server_error", "the engine did not answer in time"),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Pool:
@@ -42,6 +50,7 @@ def artefacts(step: Step, plan: Plan, render: Render) -> Iterator[Artefact | Ens
         validate=CHECK,
         reloads=(UNIT,),
         pools=found,
+        errors=ERRORS,
         settings=settings,
         tls="tls" in settings,
     )

@@ -79,6 +79,8 @@ def test_hides_what_clients_do_not_need(ask: Ask, base: str, key: Secret) -> Non
     for path in hidden:
         answer: Answer = ask(base + path, key=key)
         assert answer.status in (400, 404), f"{path} answers {answer.status}"
+        if answer.status == 404:
+            assert answer.json()["error"]["code"] == 404
 
 
 def test_says_healthy(ask: Ask, base: str) -> None:
