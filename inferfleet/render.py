@@ -55,7 +55,7 @@ class Renderer:
     def environment(self, role: Role) -> jinja2.Environment:
         """The role's own Jinja environment: strict, and printing nothing unquoted."""
         if role.name not in self._environments:
-            folders = [role.folder / "templates", *self.library.templates]
+            folders = self.library.templates(role)
             environment = jinja2.Environment(
                 loader=jinja2.FileSystemLoader(folders),
                 undefined=jinja2.StrictUndefined,

@@ -124,10 +124,13 @@ class Library:
         own = [self.project / name] if self.project else []
         return [folder for folder in [*own, shipped(name)] if folder.is_dir()]
 
-    @property
-    def templates(self) -> list[Path]:
-        """Folders with the skeletons that role templates extend."""
-        return self._folders("templates")
+    def templates(self, role: Role) -> list[Path]:
+        """Where a role's templates are looked up: the project's own of that name come first."""
+        own = []
+        if self.project:
+            own = [self.project / "templates", self.project / "roles" / role.name / "templates"]
+        every = [*own, role.folder / "templates", shipped("templates")]
+        return [folder for folder in dict.fromkeys(every) if folder.is_dir()]
 
     def names(self) -> list[str]:
         """Every role there is, sorted."""

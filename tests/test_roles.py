@@ -49,6 +49,17 @@ def test_a_projects_own_skeleton_replaces_the_shipped_one(tmp_path):
     assert environment.content == b"# ours\n"
 
 
+@pytest.mark.parametrize("place", ["templates", "roles/simulator/templates"])
+def test_a_projects_own_template_replaces_one_of_a_shipped_role(tmp_path, place):
+    (tmp_path / place).mkdir(parents=True)
+    (tmp_path / place / "simulator.service.j2").write_text("# ours\n")
+    text = OWN.replace("engine: mine", "engine: simulator")
+    project = make.project(tmp_path, own=text)
+    (bundle,) = project.bundles(project.plan("p"), project.plan("p").hosts)
+    (unit,) = [a for a in bundle.artefacts if a.path.endswith("-chat-0.service")]
+    assert unit.content == b"# ours\n"
+
+
 def test_an_unknown_role_is_a_key_error():
     with pytest.raises(KeyError):
         Library().role("quux")
