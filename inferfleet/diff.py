@@ -51,6 +51,8 @@ def _file(wanted: Artefact, files: Mapping[str, FileState]) -> Change | None:
 def _details(wanted: Artefact, state: FileState) -> Iterator[str]:
     if state.kind != "file":
         yield f"replaces a {state.kind}"
+    elif not state.digest:
+        yield "content unknown: it cannot be read without root's rights"
     elif state.digest != wanted.digest and not _unresolved(wanted):
         yield "content"
     if state.kind == "file" and state.mode != wanted.mode:

@@ -58,7 +58,7 @@ def command(**helps: str) -> Callable[[Callable[..., int]], Any]:
                 why = (error.strerror or str(error)).lower()
                 code = _shown(Error(f"{error.filename}: {why}"), as_json=as_json)
             except KeyboardInterrupt:
-                print("\ninterrupted; hosts finish what they began", file=sys.stderr)
+                print("\ninterrupted; a host that had begun finishes by itself", file=sys.stderr)
                 code = INTERRUPTED
             if code:
                 raise Exit(code=code)

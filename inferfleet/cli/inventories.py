@@ -74,7 +74,8 @@ def render(
         indexes[name] = tree.write(folder, bundles, plan)
         if not json:
             files = sum(len(host["files"]) for host in indexes[name].values())
-            print(f"{folder}/: {files} files for {len(bundles)} hosts, and {tree.INDEX}")
+            said = f"{report.counted(files, 'file')} for {report.counted(len(bundles), 'host')}"
+            print(f"{folder}/: {said}, and {tree.INDEX}")
     if json:
         report.as_json(indexes)
     return FINE
