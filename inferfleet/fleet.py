@@ -65,24 +65,12 @@ class Fleet:
         out.quiet = quiet
         with report.Progress(out, [host.name for host in self.surveyed if host.diff]) as progress:
             work = _applying(reason, progress.event)
-            for wave in self._waves():
-                for host, outcome in push.each(wave, work):
-                    if isinstance(outcome, HostError):
-                        outcome = self._failed(host.name, outcome.message)
-                    self.results.append(outcome)
+            for host, outcome in push.each(self.surveyed, work):
+                if isinstance(outcome, HostError):
+                    outcome = self._failed(host.name, outcome.message)
+                self.results.append(outcome)
         order = [host.name for host in self.plan.hosts]
         self.results.sort(key=lambda result: order.index(result.host))
-
-    def _waves(self) -> list[list[Surveyed]]:
-        """Engines first: a balancer is pointed at them when they answer."""
-        library = self.project.library
-
-        def asks(host: Surveyed) -> bool:
-            steps = self.plan.steps[host.name]
-            return any(library.role(step.role).asks_engines for step in steps)
-
-        first = [host for host in self.surveyed if not asks(host)]
-        return [wave for wave in (first, [h for h in self.surveyed if asks(h)]) if wave]
 
     def show(self, *, lines: bool, failures: bool = True) -> None:
         """What would change; "no changes" first, and alone, when nothing would."""

@@ -177,7 +177,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cache]:
             put(host, "usr/sbin/mount.nfs", MOUNT)
             put(host, "opt/stand-in/bin/vllm", VLLM.replace("/bin/sh", "/bin/bash"))
             source = (ROLES / "simulator/simulator.py").read_text()
-            put(host, "opt/stand-in/simulator.py", source)
+            # here it stands for vLLM itself; verify knows the simulator by its fingerprint
+            put(host, "opt/stand-in/simulator.py", source.replace('f"simulator-', 'f"vllm-'))
         yield Cache(lab, tmp_path_factory.mktemp("project"), nas)
 
 
