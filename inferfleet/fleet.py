@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from inferfleet import outlook, outlook_lines, push, report
@@ -64,7 +65,7 @@ class Fleet:
         out = report.console(stderr=True)
         out.quiet = quiet
         with report.Progress(out, [host.name for host in self.surveyed if host.diff]) as progress:
-            work = _applying(reason, progress.event)
+            work = partial(push.apply, reason=reason, on_event=progress.event)
             for host, outcome in push.each(self.surveyed, work):
                 if isinstance(outcome, HostError):
                     outcome = self._failed(host.name, outcome.message)
@@ -102,10 +103,6 @@ def survey(project: Project, plan: Plan, hosts: Sequence[Host], secrets: Reveal)
         else:
             fleet.surveyed.append(outcome)
     return fleet
-
-
-def _applying(reason: str, on_event: push.OnEvent) -> Callable[[Surveyed], Result]:
-    return lambda host: push.apply(host, reason, on_event)
 
 
 def expected(project: Project, plan: Plan) -> tuple[list[str], dict[str, list[dict[str, Any]]]]:

@@ -7,17 +7,14 @@ from typing import Any
 
 from inferfleet.model import Plan
 from inferfleet.outlook import Outlook
-
-
-def _many(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
+from inferfleet.report import counted
 
 
 def line(found: Outlook, users: int) -> str:
     """One line for people: what fits, how many requests at once, next to the phase's users."""
     where = f" on {found.gpu}" if found.gpu else " on the CPU"
     each = found.judgement
-    head = f"{found.deployment}: {_many(found.instances, 'instance')}{where}"
+    head = f"{found.deployment}: {counted(found.instances, 'instance')}{where}"
     if each.verdict == "unknown":
         return f"{head}; memory not predicted: {each.reason}"
     if each.verdict in ("does not fit", "impossible"):
@@ -25,9 +22,8 @@ def line(found: Outlook, users: int) -> str:
     low, high = (found.instances * bound for bound in each.spread)
     around = f" (between {low} and {high})" if low != high else ""
     said = (
-        f"{head}, expected to carry {_many(found.requests, 'request')} of {each.context} tokens at "
-        "once"
-        f"{around}; the phase is for {_many(users, 'user')}"
+        f"{head}, expected to carry {counted(found.requests, 'request')} "
+        f"of {each.context} tokens at once{around}; the phase is for {counted(users, 'user')}"
     )
     return said + (f"; {each.verdict}: {each.reason}" if each.reason else "")
 
