@@ -169,9 +169,7 @@ class Instance:
     @property
     def endpoint(self) -> str:
         """`address:port` as URLs write it, an IPv6 address in brackets."""
-        return (
-            f"[{self.listen}]:{self.port}" if ":" in self.listen else f"{self.listen}:{self.port}"
-        )
+        return endpoint(self.listen, self.port)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +193,7 @@ class Plan:
     hosts: tuple[Host, ...]
     steps: Mapping[str, tuple[Step, ...]]
     rehearsal: bool = False
+    folder: str = ""  # the inventory's, where relative paths of the operator's side begin
 
     def instances(self) -> Iterator[Instance]:
         """Every engine instance of the phase, in host order."""
@@ -359,6 +358,7 @@ class Render(Protocol):
         /,
         *,
         mode: int = 0o644,
+        group: str = "root",
         validate: tuple[str, ...] = (),
         restarts: tuple[str, ...] = (),
         reloads: tuple[str, ...] = (),
@@ -374,11 +374,17 @@ class Render(Protocol):
         /,
         *,
         mode: int = 0o644,
+        group: str = "root",
         restarts: tuple[str, ...] = (),
         reloads: tuple[str, ...] = (),
     ) -> Artefact:
         """The file `path` as it stands in the role's folder, or as a secret refers to it."""
         ...
+
+
+def endpoint(address: str, port: int) -> str:
+    """`address:port` as URLs write it, an IPv6 address in brackets."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def sh(*argv: str) -> str:

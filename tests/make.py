@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from inferfleet.errors import InventoryError
 from inferfleet.inventory import load
+from inferfleet.model import Bundle
 from inferfleet.project import Project
 from inferfleet.roles import Library
 
@@ -26,6 +30,36 @@ def write(folder: Path, **files: str) -> Path:
 def project(folder: Path, **files: str) -> Project:
     """A project with the inventory that `write` makes."""
     return Project(write(folder, **files))
+
+
+def bundle(folder: Path, **files: str) -> Bundle:
+    """What the only host of the only phase, `p`, is sent, of the inventory that `write` makes."""
+    made = project(folder, **files)
+    plan = made.plan("p")
+    (found,) = made.bundles(plan, plan.hosts)
+    return found
+
+
+def chat(engine: str, options: str = "", more: str = "") -> str:
+    """A file with the deployment `chat` of the model `coder` on two GPUs of gpu-01, port 8000."""
+    return f"""\
+    deployments:
+      chat:
+        {{engine: {engine}, model: coder, hosts: [gpu-01], port: 8000, gpus_per_instance: 2, {more}
+         options: {{{options}}}}}
+"""
+
+
+def text(bundle: Bundle, ending: str) -> str:
+    """The content of the one file whose path ends so."""
+    (found,) = [a for a in bundle.artefacts if a.path.endswith(ending)]
+    return found.content.decode()
+
+
+def service(bundle: Bundle) -> dict[str, Any]:
+    """What the engine's compose file says of it."""
+    found: dict[str, Any] = yaml.safe_load(text(bundle, "compose.yml"))["services"]["engine"]
+    return found
 
 
 def problems(inventory: Path) -> list[str]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import make
 import pytest
 import readers
-import yaml
+from make import service, text
 
 from inferfleet.flags import lint_own, tables
 from inferfleet.model import Bundle
@@ -32,29 +31,11 @@ EVERYTHING = (
 
 
 def own(options: str = "", more: str = "") -> str:
-    return f"""\
-    deployments:
-      chat:
-        {{engine: vllm, model: coder, hosts: [gpu-01], port: 8000, gpus_per_instance: 2, {more}
-         options: {{{options}}}}}
-"""
+    return make.chat("vllm", options, more)
 
 
 def bundle(folder: Path, options: str = "", more: str = "") -> Bundle:
-    project = make.project(folder, base=BASE, own=own(options, more))
-    plan = project.plan("p")
-    (found,) = project.bundles(plan, plan.hosts)
-    return found
-
-
-def file(bundle: Bundle, ending: str) -> str:
-    (found,) = [a for a in bundle.artefacts if a.path.endswith(ending)]
-    return found.content.decode()
-
-
-def service(bundle: Bundle) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(file(bundle, "compose.yml"))["services"]["engine"]
-    return found
+    return make.bundle(folder, base=BASE, own=own(options, more))
 
 
 CASES = {
@@ -140,7 +121,7 @@ def test_what_engines_read_is_mounted_read_only_and_caches_are_local(tmp_path: P
 def test_compose_takes_it(tmp_path: Path, options: str) -> None:
     found = bundle(tmp_path, options)
     for name in ("compose.yml", "engine.env"):
-        (tmp_path / name).write_text(file(found, name))
+        (tmp_path / name).write_text(text(found, name))
     path = tmp_path / "compose.yml"
     subprocess.run([*readers.compose(), "-f", path, "config", "-q"], check=True, timeout=60)
     engine = service(found)
@@ -156,7 +137,7 @@ def test_podman_gets_the_same_and_no_secret_on_its_command_line(tmp_path: Path) 
     digest = "registry.example.com/vllm@sha256:" + "0" * 64
     options = f"runtime: podman, image: '{digest}', {EVERYTHING}"
     found = bundle(tmp_path, options, "api_key: !env KEY, gpus: [2, 3],")
-    lines = readers.unit(file(found, ".service"))["Service"]
+    lines = readers.unit(text(found, ".service"))["Service"]
     unit = dict(lines)
     assert unit["EnvironmentFile"] == "/etc/inferfleet/chat-0/engine.env"
     argv = readers.command(unit["ExecStart"])

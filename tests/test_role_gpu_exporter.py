@@ -16,6 +16,8 @@ from fleetkit import until
 from monitoringkit import programs
 from nvmlkit import FIXTURES, library  # noqa: F401 - a fixture
 
+from inferfleet.model import endpoint
+
 
 @pytest.fixture
 def exported(tmp_path, library):  # noqa: F811
@@ -25,18 +27,18 @@ def exported(tmp_path, library):  # noqa: F811
     shutil.copy(pynvml.__file__, tmp_path)
     with ExitStack() as stack:
 
-        def start(machine, wait=""):
+        def start(machine, wait="", listen="127.0.0.1"):
             (tmp_path / "nvml.json").write_text(json.dumps(machine))
             environment = {"NVML_FIXTURE": f"{tmp_path}/nvml.json", "LD_LIBRARY_PATH": f"{library}"}
-            argv = [sys.executable, "-I", "-c", RUN, str(tmp_path), "127.0.0.1", "0"]
+            argv = [sys.executable, "-I", "-c", RUN, str(tmp_path), listen, "0"]
             process = subprocess.Popen(argv, env=environment, stderr=subprocess.PIPE, text=True)
             stack.enter_context(process)
             stack.callback(process.kill)
             said = process.stderr.readline()
-            address = re.search(r"on (127\.0\.0\.1:\d+)$", said)
+            address = re.search(r"on \S+:(\d+)$", said)
             if not address:
                 return process.wait(10), said
-            read = partial(scrape, f"http://{address[1]}/metrics")
+            read = partial(scrape, f"http://{endpoint(listen, int(address[1]))}/metrics")
             return until(lambda: wait in (text := read()) and text, wait)
 
         yield start
@@ -83,6 +85,10 @@ def test_what_a_gpu_does_not_know_is_left_out(exported):
     text = exported(machine("rtx4060"))
     assert "DCGM_FI_DEV_FB_USED{" in text
     assert "DCGM_FI_DEV_ECC_DBE_VOL_TOTAL{" not in text
+
+
+def test_it_answers_on_an_ipv6_address(exported):
+    assert "DCGM_FI_DEV_FB_USED{" in exported(machine("rtx4060"), listen="::1")
 
 
 def test_without_a_driver_it_says_so_and_ends(exported):

@@ -58,8 +58,8 @@ MONITORING = "/etc/inferfleet/monitoring"
 UNITS = "/etc/systemd/system"
 
 
-def bundles(folder, version="0.32.0", settings="", rehearse=False):
-    text = FLEET.replace("VERSION", version).replace("SETTINGS", settings)
+def bundles(folder, version="0.32.0", settings="", rehearse=False, text=FLEET):
+    text = text.replace("VERSION", version).replace("SETTINGS", settings)
     project = make.project(folder, fleet=text)
     plan = project.plan("production", rehearse=rehearse)
     return {b.host.name: b for b in project.bundles(plan, plan.hosts)}
@@ -107,6 +107,29 @@ def test_everything_of_the_plan_is_scraped_on_its_private_address(scraped):
         "gpus": {"198.51.100.1:9400": {"host": "gpu-01"}, "192.0.2.2:9400": {"host": "gpu-02"}},
         "prometheus": {"127.0.0.1:9090": {"host": "lb-01"}},
     }
+
+
+def test_ipv6_addresses_stand_in_brackets_wherever_a_port_follows(tmp_path):
+    fleet_of_six = FLEET.replace("198.51.100.1", "2001:db8::11")
+    for number in (2, 3):
+        fleet_of_six = fleet_of_six.replace(
+            f"{{address: 192.0.2.{number},",
+            f"{{address: 192.0.2.{number}, private_address: '2001:db8::1{number}',",
+        )
+    found = bundles(tmp_path, settings=", listen: '::1'", text=fleet_of_six)
+    monitoring = files(found["lb-01"])
+    scraped = targets(yaml.safe_load(monitoring[f"{MONITORING}/prometheus.yml"]))
+    assert {address for job in scraped.values() for address in job} == {
+        *("[2001:db8::11]:8000", "[2001:db8::11]:8001", "[::1]:9090"),
+        *(f"[2001:db8::1{n}]:{port}" for n, port in ((1, 9100), (2, 9100), (3, 9100))),
+        *("[2001:db8::11]:9400", "[2001:db8::12]:9400"),
+    }
+    units = {name: files(bundle) for name, bundle in found.items()}
+    assert "--web.listen-address=[::1]:9090" in monitoring[f"{UNITS}/inferfleet-prometheus.service"]
+    exporter = units["gpu-02"][f"{UNITS}/inferfleet-node-exporter.service"]
+    assert "--web.listen-address=[2001:db8::12]:9100" in exporter
+    compose = yaml.safe_load(units["gpu-01"]["/etc/inferfleet/gpu-exporter/compose.yml"])
+    assert compose["services"]["exporter"]["ports"] == ["[2001:db8::11]:9400:9400"]
 
 
 def test_a_rehearsal_scrapes_simulators_and_no_gpus(tmp_path):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import make
 import pytest
 import readers
-import yaml
+from make import service, text
 
 from inferfleet.model import Bundle
 
@@ -21,29 +20,11 @@ BASE = """\
 
 
 def own(options: str = "", more: str = "") -> str:
-    return f"""\
-    deployments:
-      chat:
-        {{engine: tgi, model: coder, hosts: [gpu-01], port: 8080, gpus_per_instance: 2, {more}
-         options: {{{options}}}}}
-"""
+    return make.chat("tgi", options, more)
 
 
 def bundle(folder: Path, options: str = "", more: str = "") -> Bundle:
-    project = make.project(folder, base=BASE, own=own(options, more))
-    plan = project.plan("p")
-    (found,) = project.bundles(plan, plan.hosts)
-    return found
-
-
-def file(bundle: Bundle, ending: str) -> str:
-    (found,) = [a for a in bundle.artefacts if a.path.endswith(ending)]
-    return found.content.decode()
-
-
-def service(bundle: Bundle) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(file(bundle, "compose.yml"))["services"]["engine"]
-    return found
+    return make.bundle(folder, base=BASE, own=own(options, more))
 
 
 def test_the_launcher_is_told_all_that_has_to_match(tmp_path: Path) -> None:
@@ -61,7 +42,7 @@ def test_the_launcher_is_told_all_that_has_to_match(tmp_path: Path) -> None:
 def test_compose_takes_it_and_waits_longer_than_the_launcher(tmp_path: Path) -> None:
     found = bundle(tmp_path, "shutdown_timeout: 40", "api_key: !env KEY, gpus: [2, 3],")
     for name in ("compose.yml", "engine.env"):
-        (tmp_path / name).write_text(file(found, name))
+        (tmp_path / name).write_text(text(found, name))
     path = tmp_path / "compose.yml"
     subprocess.run([*readers.compose(), "-f", path, "config", "-q"], check=True, timeout=60)
     engine = service(found)
@@ -69,7 +50,7 @@ def test_compose_takes_it_and_waits_longer_than_the_launcher(tmp_path: Path) -> 
     assert engine["stop_grace_period"] == "55s"
     (device,) = engine["deploy"]["resources"]["reservations"]["devices"]
     assert device["device_ids"] == ["2", "3"]
-    unit = dict(readers.unit(file(found, ".service"))["Service"])
+    unit = dict(readers.unit(text(found, ".service"))["Service"])
     assert unit["TimeoutStopSec"] == "70"
 
 
@@ -78,7 +59,7 @@ def test_the_key_is_in_its_own_file_alone(tmp_path: Path) -> None:
     (secret,) = [a for a in found.artefacts if a.secret]
     assert (secret.path, secret.mode) == ("/etc/inferfleet/chat-0/engine.env", 0o600)
     assert secret.content.decode().startswith("API_KEY=")
-    assert "API_KEY" not in file(found, "compose.yml")
+    assert "API_KEY" not in text(found, "compose.yml")
 
 
 def test_says_at_check_that_it_is_in_maintenance_mode_and_goes_on(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ file beside it and the driver's NVML.
 
 from __future__ import annotations
 
+import socket
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -149,6 +150,12 @@ class Handler(BaseHTTPRequestHandler):
         """A scrape is not worth a line."""
 
 
+class Server(ThreadingHTTPServer):
+    def __init__(self, address: tuple[str, int], handler: type[Handler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, handler)
+
+
 def main() -> int:
     address, port = sys.argv[1], int(sys.argv[2])
     try:
@@ -157,7 +164,7 @@ def main() -> int:
         say(str(error))
         return 1
     threading.Thread(target=watch, daemon=True).start()
-    with ThreadingHTTPServer((address, port), Handler) as server:
+    with Server((address, port), Handler) as server:
         say(f"on {address}:{server.server_port}")
         server.serve_forever()
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from inferfleet.builders import VERIFY_COMPOSE, VERIFY_UNIT, answers, running
 from inferfleet.errors import RenderError
-from inferfleet.model import Artefact, Ensure, Plan, Render, Step, sh
+from inferfleet.model import Artefact, Ensure, Plan, Render, Step, endpoint, sh
 
 KIND = "service"
 ORDER = 95
@@ -65,7 +65,7 @@ def _dcgm(step: Step, render: Render) -> Iterator[Artefact | Ensure]:
         restarts=(UNIT,),
         image=image,
         counters=COUNTERS,
-        published=f"{step.host.private_address}:{step.settings['port']}:9400",
+        published=f"{endpoint(step.host.private_address, step.settings['port'])}:9400",
     )
     yield render(
         f"/etc/systemd/system/{UNIT}",

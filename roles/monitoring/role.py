@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from inferfleet.builders import VERIFY_UNIT, answers, package, running
 from inferfleet.metrics import SILENT, Rename, vllm_renames
-from inferfleet.model import Artefact, Ensure, Instance, Plan, Render, Step
+from inferfleet.model import Artefact, Ensure, Instance, Plan, Render, Step, endpoint
 
 KIND = "service"
 ORDER = 99
@@ -43,7 +43,7 @@ class Job:
 def artefacts(step: Step, plan: Plan, render: Render) -> Iterator[Artefact | Ensure]:
     """Scrape configuration, rules, dashboard and unit of Prometheus."""
     settings = step.settings
-    listen = f"{settings['listen']}:{settings['port']}"
+    listen = endpoint(settings["listen"], settings["port"])
     yield _distribution_unit_off()
     yield package(DISTRIBUTION, "promtool")
     yield render(
@@ -99,7 +99,7 @@ def jobs(plan: Plan) -> list[Job]:
             found.setdefault(job.name, job).targets.append(_engine(instance))
         if step.role in EXPORTERS:
             job = Job(EXPORTERS[step.role])
-            address = f"{step.host.private_address}:{step.settings['port']}"
+            address = endpoint(step.host.private_address, step.settings["port"])
             target = Target(address, {"host": step.host.name})
             found.setdefault(job.name, job).targets.append(target)
     return list(found.values())
@@ -108,7 +108,7 @@ def jobs(plan: Plan) -> list[Job]:
 def _engine(instance: Instance) -> Target:
     labels = {"host": instance.host.name, "unit": instance.name}
     labels["deployment"] = instance.deployment.name
-    return Target(f"{instance.listen}:{instance.port}", labels)
+    return Target(instance.endpoint, labels)
 
 
 def _renames(role: str, instance: Instance) -> tuple[Rename, ...]:

@@ -6,7 +6,7 @@ import pytest
 from testinfra.host import Host
 
 from inferfleet.metrics import SILENT
-from inferfleet.model import Plan, Step
+from inferfleet.model import Plan, Step, endpoint
 from inferfleet.verify.proofs import Ask, steady
 
 UNIT = "inferfleet-prometheus.service"
@@ -15,7 +15,7 @@ UNIT = "inferfleet-prometheus.service"
 @pytest.fixture
 def base(step: Step) -> str:
     """Where Prometheus answers."""
-    return f"http://{step.settings['listen']}:{step.settings['port']}"
+    return f"http://{endpoint(step.settings['listen'], step.settings['port'])}"
 
 
 def test_runs_and_starts_at_boot(host: Host, step: Step) -> None:
@@ -26,7 +26,9 @@ def test_runs_and_starts_at_boot(host: Host, step: Step) -> None:
 def test_listens_only_where_it_should(host: Host, step: Step) -> None:
     """its port is open on the address of its settings only"""
     sockets = host.check_output("ss -Hltn 'sport = :%s'", str(step.settings["port"])).splitlines()
-    assert {x.split()[3].rpartition(":")[0] for x in sockets} == {step.settings["listen"]}
+    assert {x.split()[3].rpartition(":")[0].strip("[]") for x in sockets} == {
+        step.settings["listen"]
+    }
 
 
 def test_reaches_all_of_the_plan(ask: Ask, base: str, step: Step, plan: Plan) -> None:

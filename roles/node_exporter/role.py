@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from inferfleet.builders import VERIFY_UNIT, answers, package, running, system_user
 from inferfleet.metrics import SILENT
-from inferfleet.model import Artefact, Ensure, Instance, Plan, Render, Step
+from inferfleet.model import Artefact, Ensure, Instance, Plan, Render, Step, endpoint
 
 KIND = "service"
 ORDER = 95
@@ -48,7 +48,7 @@ def artefacts(step: Step, plan: Plan, render: Render) -> Iterator[Artefact | Ens
         validate=VERIFY_UNIT,
         restarts=(UNIT,),
         description="inferfleet node_exporter",
-        command=_command(f"{address}:{port}", wanted),
+        command=_command(endpoint(address, port), wanted),
     )
     if wanted.tls_ports or wanted.engines:
         yield from _probes(wanted, step, render)

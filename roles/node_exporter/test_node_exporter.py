@@ -6,7 +6,7 @@ import pytest
 from testinfra.host import Host
 
 from inferfleet.metrics import SILENT
-from inferfleet.model import Plan, Step
+from inferfleet.model import Plan, Step, endpoint
 from inferfleet.verify.proofs import Ask, steady
 
 UNIT = "inferfleet-node-exporter.service"
@@ -15,7 +15,7 @@ UNIT = "inferfleet-node-exporter.service"
 @pytest.fixture
 def metrics(ask: Ask, step: Step) -> str:
     """What Prometheus reads."""
-    answer = ask(f"http://{step.host.private_address}:{step.settings['port']}/metrics")
+    answer = ask(f"http://{endpoint(step.host.private_address, step.settings['port'])}/metrics")
     assert answer.status == 200, answer.error or answer.text[:500]
     return answer.text
 
@@ -28,7 +28,9 @@ def test_runs_and_starts_at_boot(host: Host, step: Step) -> None:
 def test_listens_on_the_private_address_alone(host: Host, step: Step) -> None:
     """its port is open on the private address only"""
     sockets = host.check_output("ss -Hltn 'sport = :%s'", str(step.settings["port"])).splitlines()
-    assert {x.split()[3].rpartition(":")[0] for x in sockets} == {step.host.private_address}
+    assert {x.split()[3].rpartition(":")[0].strip("[]") for x in sockets} == {
+        step.host.private_address
+    }
 
 
 def test_tells_how_full_the_disk_is(metrics: str) -> None:
