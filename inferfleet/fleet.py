@@ -65,13 +65,20 @@ class Fleet:
         out = report.console(stderr=True)
         out.quiet = quiet
         with report.Progress(out, [host.name for host in self.surveyed if host.diff]) as progress:
-            work = partial(push.apply, reason=reason, on_event=progress.event)
+            told = partial(self._told, progress)
+            work = partial(push.apply, reason=reason, on_event=told)
             for host, outcome in push.each(self.surveyed, work):
                 if isinstance(outcome, HostError):
                     outcome = self._failed(host.name, outcome.message)
                 self.results.append(outcome)
         order = [host.name for host in self.plan.hosts]
         self.results.sort(key=lambda result: order.index(result.host))
+
+    def _told(self, progress: report.Progress, host: str, event: dict[str, Any]) -> None:
+        """Pass an event on; what a host's command printed is masked as its failure would be."""
+        if event["event"] == "output":
+            event = {**event, "line": scrub(event["line"], self.project.secrets)}
+        progress.event(host, event)
 
     def show(self, *, lines: bool, failures: bool = True) -> None:
         """What would change; "no changes" first, and alone, when nothing would."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from inferfleet.diff import unified
@@ -19,6 +19,9 @@ from inferfleet.model import Artefact, Diff, Result
 _SIGNS = {"create": "+", "update": "~", "remove": "-", "ensure": "!", "pay": "!", "": " "}
 _COLOURS = {"create": "green", "update": "yellow", "remove": "red", "ensure": "cyan", "pay": "cyan"}
 LONGEST = 40  # lines of a new file that a plan shows
+LINE = 200  # characters of a line that a host's command printed
+TITLE = 40  # characters of a title that stands before such a line on a terminal
+QUIET_SECONDS = 10  # at least, between two such lines of a host in a file or pipe
 _STATUS = {"unchanged": "dim", "changed": "green", "failed": "bold red", "skipped": "yellow"}
 
 
@@ -125,13 +128,26 @@ def show_results(out: Console, results: Sequence[Result]) -> None:
     out.print(f"{counted(len(results), 'host')}: {said}.")
 
 
+def cut(text: str, longest: int) -> str:
+    """At most so many characters of a text; an ellipsis tells that it went on."""
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
 class Progress:
-    """One live line per host on a terminal; on anything else, a line when a step begins."""
+    """One live line per host on a terminal; on anything else, a line when a step begins.
+
+    Of what a step's command prints, a terminal shows the last line; anything else gets one now and
+    then, so that a long download is not silent.
+    """
 
     def __init__(self, out: Console, hosts: Iterable[str]) -> None:
         self.out = out
         self.lines = dict.fromkeys(hosts, "waiting")
-        self.live = Live(self._table(), console=out, transient=True, auto_refresh=False)
+        self.spoke = dict.fromkeys(self.lines, 0.0)  # when a host's last line was printed
+        self.quiet_seconds = max(QUIET_SECONDS, len(self.lines))  # a line a second from them all
+        self.live = Live(
+            console=out, transient=True, get_renderable=self._shown, refresh_per_second=4
+        )
 
     def __enter__(self) -> Progress:
         if self.out.is_terminal:
@@ -144,23 +160,33 @@ class Progress:
 
     def event(self, host: str, event: dict[str, Any]) -> None:
         """Show what a host does now; see `wire.events`."""
-        if said := _event_words(event):
+        if event["event"] == "output":
+            self.output(host, event["title"], event["line"])
+        elif said := _event_words(event):
             worth = event["event"] in ("ensure", "unit", "recovered")
             self.say(host, said, worth_a_line=worth and event.get("state") != "ok")
 
     def say(self, host: str, said: str, *, worth_a_line: bool = True) -> None:
         """Show what a host is at; only what is worth a line goes to a file or pipe."""
         self.lines[host] = said
-        if self.out.is_terminal:
-            self.live.update(self._table(), refresh=True)
-        elif worth_a_line:
+        if worth_a_line:
+            self._print(host, said)
+
+    def output(self, host: str, title: str, line: str) -> None:
+        """Show what a command of a host printed last."""
+        self.lines[host] = f"{cut(title, TITLE)}: {cut(line, LINE)}"
+        if time.monotonic() - self.spoke[host] >= self.quiet_seconds:
+            self._print(host, f"{title}: {cut(line, LINE)}")
+
+    def _print(self, host: str, said: str) -> None:
+        if not self.out.is_terminal:
+            self.spoke[host] = time.monotonic()
             self.out.print(f"{host}: {escape(said)}")
 
-    def _table(self) -> Table:
-        table = Table.grid(padding=(0, 2))
-        for host, said in self.lines.items():
-            table.add_row(host, escape(said))
-        return table
+    def _shown(self) -> Group:
+        width = max(map(len, self.lines), default=0)
+        said = (f"{host:<{width}}  {said}" for host, said in list(self.lines.items()))
+        return Group(*(Text(line, no_wrap=True, overflow="ellipsis") for line in said))
 
 
 def _event_words(event: dict[str, Any]) -> str:

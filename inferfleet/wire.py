@@ -132,6 +132,7 @@ def events(host: str, lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
 
         recovered  how: "finished" or "undone", a former run that was cut short
         ensure     title, state: "running", "ok", "failed"
+        output     title, line: what the command of an ensure that runs printed last
         check      argv: the validator that runs
         stage      path; a file lies beside its target, not yet in place
         remove     path
@@ -166,6 +167,7 @@ def _event(host: str, line: bytes) -> dict[str, Any]:
 
 _DOING = {
     "ensure": "ensuring: {title}",
+    "output": "ensuring: {title}",
     "check": "checking what was staged",
     "stage": "staging {path}",
     "remove": "removing {path}",

@@ -1,6 +1,7 @@
 """The applier as it is sent: real files in a folder, real commands, a systemctl that lists."""
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 from folderhost import FolderHost, Session, bundle
 
 from inferfleet import wire
+from inferfleet.applier.commands import latest
 from inferfleet.errors import ApplyError
 from inferfleet.model import Artefact, Bundle, Ensure, Host
 
@@ -272,6 +275,84 @@ def test_a_daemon_left_behind_does_not_block(host):
     host.apply(bundle(ensure))
     os.kill(int((host.fake / "p").read_text()), signal.SIGKILL)
     assert time.monotonic() - began < 10
+
+
+def applying(session: Session, wanted: Bundle):
+    """The events of an apply, as they come."""
+    session.send(*wire.request(wanted, session.ask(wanted), owner="ana", reason="test"))
+    return wire.events("gpu-1", session.lines)
+
+
+def test_what_a_command_prints_is_told_before_it_ends(host):
+    """It goes on only once its last line has come; a bar that overwrites itself is one line."""
+    bar = "printf 'pulling\\n'; for n in 1 2 3; do printf '\\033[32m%s0 %%\\033[0m\\r' $n; done"
+    run = f"{bar}; until [ -e $FAKE/go ]; do sleep 0.02; done; touch $FAKE/there"
+    with host.session() as session:
+        events = applying(session, bundle(Ensure("model", "test -e $FAKE/there", run)))
+        assert next(events)["state"] == "running"
+        assert next(events) == {"event": "output", "title": "model", "line": "30 %"}
+        (host.fake / "go").touch()
+        assert [event.get("state") for event in events] == ["ok", None]
+
+
+def test_a_chatty_command_is_told_of_at_most_twice_a_second(host):
+    run = "timeout 2 yes $(seq 1 50) | cat -n; touch $FAKE/there"
+    began = time.monotonic()
+    events = host.apply(bundle(Ensure("chats", "test -e $FAKE/there", run)))
+    assert 2 <= names(events).count("output") <= 2 * (time.monotonic() - began) + 1
+
+
+def test_a_client_that_stops_reading_holds_nothing_up(host):
+    """What it reads later, once the command has ended, is whole; what did not fit was left out."""
+    long = "for n in 1 2 3 4 5 6; do printf '%0900d\\n' $n; sleep 0.5; done; touch $FAKE/there"
+    with host.session() as session:
+        fcntl.fcntl(session.process.stdout, fcntl.F_SETPIPE_SZ, 4096)
+        events = applying(session, bundle(Ensure("prints", "test -e $FAKE/there", long)))
+        end = time.monotonic() + 20
+        while not (host.fake / "there").exists():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert names(events)[-2:] == ["ensure", "done"]
+        assert session.process.wait(20) == 0
+
+
+def test_a_client_that_never_reads_on_is_given_up():
+    """With no patience: the first event fills the pipe, the rest goes nowhere."""
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    script = (
+        "from inferfleet.applier import commands\n"
+        "commands.PATIENCE = 0\n"
+        "for number in range(100): commands.emit('failed', message='x' * 5000)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], stdout=writing, timeout=20, check=True)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        assert len(pipe.read()) == 4096
+
+
+@pytest.mark.parametrize(
+    ("printed", "whole", "line"),
+    [
+        (b"", True, ""),
+        (b"half a lin", True, ""),
+        (b"one\ntwo\nthr", True, "two"),
+        (b"one\r\n\r\n", True, "one"),
+        (b"cut off\nhalf", False, ""),
+        (b"off\n one \n", False, "one"),
+        (b"\r10 %\r20 %\r30", True, "20 %"),
+        (b"\x1b]0;title\x07\x1b[1;31mred\x1b[0m\tx\x08\n", True, "red     x"),
+        (b"\xff\xe2\x82\xac\n", True, "\ufffd\u20ac"),
+    ],
+)
+def test_only_what_was_printed_to_its_end_is_told(printed, whole, line):
+    assert latest(printed, whole) == line
+
+
+def test_a_failing_commands_bar_is_one_line(host):
+    run = "for n in $(seq 30); do printf '\\r%s %%' $n; done; echo; echo no space; exit 1"
+    message = host.failure(bundle(Ensure("pull", "false", run)))
+    assert message.splitlines() == ["pull: exit status 1", "30 %", "no space"]
 
 
 def test_commands_get_an_ordinary_umask_and_no_input(host):

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import make
 import pytest
@@ -25,20 +26,23 @@ pytestmark = pytest.mark.lab
 LABEL = "ollama"
 UNIT = "inferfleet-chat-0.service"
 STAND_IN = Path(__file__).parent / "tools" / "ollama"
+GATE = "var/lib/ollama/gate"
 PROOF = "model coder sits on its GPUs"
 
 INVENTORY = """\
 hosts:
   gpu: {{address: {address}, user: deploy, become: sudo, key: {key}, host_keys: ['{fingerprint}'],
         gpus: [{{model: L4}}]}}
-models: {{coder: {{repository: "coder:7b", served_name: coder}}}}
+models: {{coder: {{repository: "{tag}", served_name: coder}}}}
 deployments:
   chat:
     engine: ollama
     model: coder
     hosts: [gpu]
     port: 11434
-    options: {{environment: {{STANDIN_GPU_SHARE: '{share}'}}, modelfile: {{system: '{system}'}}}}
+    options:
+      environment: {{STANDIN_GPU_SHARE: '{share}', STANDIN_GATE: {gate}}}
+      modelfile: {{system: '{system}'}}
 phases: {{p: {{users: 1, why: w, hosts: [gpu], deployments: [chat]}}}}
 """
 
@@ -57,7 +61,14 @@ def lab() -> Iterator[labs.Lab]:
         yield booted
 
 
-def provision(lab: labs.Lab, folder: Path, share: str, system: str = "x") -> tuple[Diff, Result]:
+def provision(
+    lab: labs.Lab,
+    folder: Path,
+    share: str,
+    system: str = "x",
+    tag: str = "coder:7b",
+    on_event: push.OnEvent = lambda *_: None,
+) -> tuple[Diff, Result]:
     host = lab.hosts["gpu"]
     text = INVENTORY.format(
         address=host.address,
@@ -65,13 +76,15 @@ def provision(lab: labs.Lab, folder: Path, share: str, system: str = "x") -> tup
         fingerprint=host.fingerprints[0],
         share=share,
         system=system,
+        tag=tag,
+        gate=f"/{GATE}",
     )
     project = make.project(folder, fleet=text)
     plan = project.plan("p")
     (bundle,) = project.bundles(plan, plan.hosts, project.secrets)
     surveyed = push.survey(bundle, project.options())
     try:
-        return surveyed.diff, push.apply(surveyed, "provision p", lambda *_: None)
+        return surveyed.diff, push.apply(surveyed, "provision p", on_event)
     finally:
         surveyed.close()
 
@@ -98,3 +111,20 @@ def test_a_model_on_the_cpu_fails_until_it_is_on_the_gpus(lab: labs.Lab, tmp_pat
     asked = f"import urllib.request as r; print(r.urlopen('{url}').read().decode())"
     made = json.loads(said(host, f'python3 -c "{asked}"'))
     assert made["coder:latest"]["system"] == "y"
+
+
+def test_a_pull_shows_its_percentage_while_it_runs(lab: labs.Lab, tmp_path: Path) -> None:
+    """The stand-in stops in the middle until the percentage has arrived here."""
+    gate, told = lab.hosts["gpu"].root / GATE, []
+
+    def on_event(_: str, event: dict[str, Any]) -> None:
+        told.append(event)
+        if event["event"] == "output" and "50 %" in event["line"]:
+            gate.touch()
+
+    _, result = provision(lab, tmp_path, share="1", tag="held:7b", on_event=on_event)
+    assert result.status == "changed"
+    title = "model coder is there as wanted"
+    wanted = {"event": "output", "title": title, "line": "pulling 1a2b: 50 % of 5.0 GiB"}
+    ended = {"event": "ensure", "title": title, "state": "ok"}
+    assert told.index(wanted) < told.index(ended)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import time
@@ -24,17 +25,34 @@ LINES = 15  # of a failing command's output
 TEST_SECONDS = 30
 CHECK_SECONDS = 60
 UNIT_SECONDS = 900
+LOOK_SECONDS = 0.5  # between two looks at what a running command prints
+WINDOW = 1024  # bytes of its output that are looked at; a longer line is not shown
+PATIENCE = 10  # seconds for a client to read on
+ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|.)")
 
 
 def emit(event: str, **fields: Any) -> None:
-    """Tell the client; when it is gone, go on in silence."""
-    line = json.dumps({"event": event, **fields}) + "\n"
+    """Tell the client; when it is gone, or reads no more, go on in silence."""
+    line = json.dumps({"event": event, **fields}).encode() + b"\n"
     with contextlib.suppress(OSError):
-        os.write(1, line.encode())
+        for start in range(0, len(line), select.PIPE_BUF):
+            if not listens(PATIENCE):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.write(1, line[start : start + select.PIPE_BUF])
 
 
-def run(argv: Sequence[str], seconds: float, cwd: str = "/") -> tuple[int, str]:
-    """Exit status (124: ran out of time, 127: cannot start) and the end of what was printed."""
+def listens(seconds: float) -> bool:
+    """Whether PIPE_BUF bytes can be told within so many seconds."""
+    with contextlib.suppress(OSError):
+        return bool(select.select((), (1,), (), seconds)[1])
+    return False
+
+
+def run(argv: Sequence[str], seconds: float, cwd: str = "/", title: str = "") -> tuple[int, str]:
+    """Exit status (124: ran out of time, 127: cannot start) and the end of what was printed.
+
+    With a `title`, the client is told what the command prints meanwhile.
+    """
     # a file, not a pipe: a daemon the command leaves behind would keep a pipe open
     output = os.memfd_create("output")
     try:
@@ -42,7 +60,7 @@ def run(argv: Sequence[str], seconds: float, cwd: str = "/") -> tuple[int, str]:
             argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=cwd,
             start_new_session=True,
         )  # fmt: skip
-        status = waited(process, seconds)
+        status = waited(process, seconds, Follower(output, title) if title else None)
         printed = os.pread(output, 1 << 16, max(0, os.fstat(output).st_size - (1 << 16)))
     except OSError as error:
         return 127, f"{argv[0]}: {error.strerror}"
@@ -51,12 +69,21 @@ def run(argv: Sequence[str], seconds: float, cwd: str = "/") -> tuple[int, str]:
     return status, printed.decode("utf-8", "replace")
 
 
-def waited(process: subprocess.Popen[bytes], seconds: float) -> int:
+def waited(
+    process: subprocess.Popen[bytes], seconds: float, follower: Follower | None = None
+) -> int:
     """Its exit status; out of time, its whole process group is asked to end, then killed."""
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)
+    end = time.monotonic() + seconds
+    while True:
+        left = max(0.0, end - time.monotonic())
+        try:
+            return process.wait(min(left, LOOK_SECONDS) if follower else left)
+        except subprocess.TimeoutExpired:
+            if time.monotonic() >= end:
+                break
+        if follower:
+            follower.look()
+    os.killpg(process.pid, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(5)
     with contextlib.suppress(ProcessLookupError):
@@ -65,8 +92,40 @@ def waited(process: subprocess.Popen[bytes], seconds: float) -> int:
     return 124
 
 
+class Follower:
+    """Tells the client what a running command printed last, if it is new and the client reads."""
+
+    def __init__(self, output: int, title: str) -> None:
+        self.output, self.title, self.told = output, title, ""
+
+    def look(self) -> None:
+        size = os.fstat(self.output).st_size
+        start = max(0, size - WINDOW)
+        line = latest(os.pread(self.output, WINDOW, start), whole=start == 0)
+        if line not in ("", self.told) and listens(0):
+            self.told = line
+            emit("output", title=self.title, line=line)
+
+
+def latest(window: bytes, whole: bool) -> str:
+    """The last line, or state of a line, that was printed to its end; "" if there is none.
+
+    Never a part of one: a secret in it could not be told. `whole`: the output begins here.
+    """
+    ended = re.split(rb"[\r\n]", window)[0 if whole else 1 : -1]
+    lines = (plain(line.decode("utf-8", "replace")).strip() for line in reversed(ended))
+    return next(filter(None, lines), "")
+
+
+def plain(line: str) -> str:
+    """A line without what colours it and moves the cursor."""
+    return "".join(filter(str.isprintable, ESCAPES.sub("", line).expandtabs()))
+
+
 def tail(text: str) -> str:
-    return "\n".join(text.rstrip().splitlines()[-LINES:])
+    """The last lines as a terminal shows them: of one that was overwritten, what came last."""
+    lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.rstrip().split("\n")]
+    return "\n".join(map(plain, lines[-LINES:]))
 
 
 def outcome(status: int, seconds: float) -> str:
@@ -149,7 +208,7 @@ def test(ensure: Json, seconds: float) -> tuple[int, str]:
 
 
 def fix(ensure: Json) -> tuple[int, str]:
-    status, printed = run(["sh", "-c", ensure["run"]], ensure["timeout"])
+    status, printed = run(["sh", "-c", ensure["run"]], ensure["timeout"], title=ensure["title"])
     if status:
         return status, printed
     status, reason = test(ensure, TEST_SECONDS)

@@ -72,16 +72,18 @@ def steps(url: str, body: Json) -> Iterator[Json]:
 
 
 def follow(url: str, body: Json) -> None:
-    """Print a streaming answer's progress: every status once, and each tenth of a download."""
-    seen = ""
+    """Print a streaming answer's progress: a line for every status, overwritten at each percent."""
+    doing = seen = ""
     for step in steps(url, body):
-        line, total = step.get("status", ""), step.get("total")
-        if total:
-            tenths = 10 * step.get("completed", 0) // total
-            line += f": {10 * tenths} % of {total / 2**30:.1f} GiB"
-        if line != seen:
-            print(line, flush=True)
-        seen = line
+        status, total = step.get("status", ""), step.get("total")
+        share = f": {100 * step.get('completed', 0) // total} %" if total else ""
+        size = f" of {total / 2**30:.1f} GiB" if total else ""
+        if seen and status != doing:
+            print()
+        if status + share != seen:
+            print(f"{status}{share}{size}", end="\r", flush=True)
+        doing, seen = status, status + share
+    print()
 
 
 def digest(spec: Json) -> str:
