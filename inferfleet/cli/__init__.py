@@ -16,6 +16,7 @@ from inferfleet.cli.capacity import fit, recommend, size
 from inferfleet.cli.command import CUT, USAGE
 from inferfleet.cli.hosts import discover, doctor, plan, provision, trust, verify
 from inferfleet.cli.inventories import check, init, render, schema
+from inferfleet.cli.load import bench
 from inferfleet.cli.rehearsals import demo, lab
 
 namespace = Collection(
@@ -29,6 +30,7 @@ namespace = Collection(
     fit,
     recommend,
     size,
+    bench,
     schema,
     trust,
     init,
