@@ -5,6 +5,7 @@ Nothing of OpenTelemetry is imported before `Tracer` is made.
 
 from __future__ import annotations
 
+import threading
 from importlib import import_module
 from typing import Any
 
@@ -57,7 +58,9 @@ class Tracer:
             http = _part("exporter.otlp.proto.http.trace_exporter")
             exporter = http.OTLPSpanExporter(endpoint=endpoint)
         self._provider = trace.TracerProvider(
-            resource=resource, sampler=sampling.ParentBasedTraceIdRatio(sample)
+            resource=resource,
+            sampler=sampling.ParentBasedTraceIdRatio(sample),
+            shutdown_on_exit=False,
         )
         self._provider.add_span_processor(_part("sdk.trace.export").BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("inferfleet.gateway")
@@ -73,9 +76,12 @@ class Tracer:
         self._w3c.inject(carrier, context=self._set(span))
         return Span(span, carrier.get("traceparent", "").encode())
 
-    def close(self) -> None:
-        """Sends what waits; may take as long as the collector does not answer."""
-        self._provider.shutdown()
+    def close(self, timeout: float = 5.0) -> None:
+        """Sends what waits; gives up after `timeout` seconds, if no collector answers."""
+        # the provider alone would try for half a minute, and again when the process ends
+        ending = threading.Thread(target=self._provider.shutdown, daemon=True)
+        ending.start()
+        ending.join(timeout)
 
 
 def _part(name: str) -> Any:
