@@ -125,6 +125,26 @@ def names(folder: Path) -> list[str]:
 # From a hub
 
 
+def test_how_far_a_download_has_come_is_told_while_it_runs(tmp_path, monkeypatch):
+    """The download stands in its middle until that has been said."""
+    gate, part = tmp_path / "gate", tmp_path / "models/.cache/a.incomplete"
+    part.parent.mkdir(parents=True)
+    script = f"head -c 500 /dev/zero >{part}; until [ -e {gate} ]; do sleep 0.02; done; exit 3"
+    told = []
+
+    def say(line):
+        told.append(line)
+        if "50 %" in line:
+            gate.touch()
+
+    monkeypatch.setattr(models, "say", say)
+    monkeypatch.setattr(models, "LOOK_SECONDS", 0.02)
+    with subprocess.Popen(["sh", "-c", script]) as process:
+        assert models.watched(process, "coder", tmp_path / "models", 1000) == 3
+    assert told[-1] == "coder: 50 % of 0.0 GiB"
+    assert len(set(told)) == len(told)
+
+
 def test_a_model_is_fetched_whole_with_a_manifest_that_says_what_belongs_to_it(
     hub, target, tmp_path
 ):

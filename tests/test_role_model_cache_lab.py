@@ -24,7 +24,7 @@ from inferfleet import lab as labs
 from inferfleet import push
 from inferfleet.errors import HostError
 from inferfleet.model import Result
-from inferfleet.modelpath import escaped
+from inferfleet.modelpath import FETCH_UNIT, escaped
 from inferfleet.project import Project
 
 pytestmark = pytest.mark.lab
@@ -133,7 +133,9 @@ class Cache:
         ]
         return Project(write(self.folder, fleet=INVENTORY % ("\n".join(hosts), revision)))
 
-    def provision(self, revision: str, *names: str) -> dict[str, Any]:
+    def provision(
+        self, revision: str, *names: str, on_event: push.OnEvent = lambda *_: None
+    ) -> dict[str, Any]:
         project = self.project(revision)
         plan = project.plan("p")
         hosts = project.chosen(plan, ",".join(names))
@@ -142,7 +144,7 @@ class Cache:
         def apply(bundle: Any) -> Result:
             surveyed = push.survey(bundle, project.options())
             try:
-                return push.apply(surveyed, "provision p", lambda *_: None)
+                return push.apply(surveyed, "provision p", on_event)
             finally:
                 surveyed.close()
 
@@ -299,9 +301,30 @@ def test_a_server_that_is_away_at_boot_delays_engines_and_nothing_else(provision
     host.wait_ready()
 
 
+HOLD = """\
+[Service]
+ExecStartPre=/bin/sh -c 'until [ -e /srv/nas/go ]; do echo held; sleep 0.1; done'
+"""
+
+
+def test_what_is_fetched_is_shown_live(provisioned):
+    """Fetching waits until its journal's line has arrived here."""
+    provisioned.carry(SECOND)
+    hold = f"etc/systemd/system/{FETCH_UNIT}.d/hold.conf"
+    put(provisioned.alpha, hold, HOLD)
+    said(provisioned.alpha, f"chmod 644 /{hold} && systemctl daemon-reload")
+
+    def on_event(host: str, event: dict[str, Any]) -> None:
+        if (host, event["event"], event.get("line")) == ("alpha", "output", "held"):
+            (provisioned.nas / "go").touch()
+
+    for outcome in provisioned.provision(SECOND, on_event=on_event).values():
+        assert isinstance(outcome, Result), outcome
+    assert (provisioned.nas / "go").exists()
+
+
 def test_what_no_deployment_uses_is_removed_from_staging_when_nobody_reads_it(provisioned):
     cache = provisioned
-    cache.carry(SECOND)
     for outcome in cache.provision(SECOND).values():
         assert isinstance(outcome, Result), outcome
     staged = cache.beta.root / STAGED.lstrip("/")

@@ -46,6 +46,7 @@ PARTIAL, LEAVING = ".partial", ".leaving"
 OURS = re.compile(r"(.+@[0-9a-f]{40})(\.partial|\.leaving)?")
 GIB = 2**30
 BLOCK = 4 * 2**20  # bytes
+LOOK_SECONDS = 10  # between two looks at how far a download has come
 TRY_AGAIN, NEEDS_A_PERSON = 75, 78  # EX_TEMPFAIL and EX_CONFIG of sysexits.h
 
 
@@ -234,9 +235,33 @@ class Hub:
         }
         if self.token:
             own["HF_TOKEN_PATH"] = str(self.token)
-        status = subprocess.run(argv, env={**os.environ, **own}, check=False).returncode
+        with subprocess.Popen(argv, env={**os.environ, **own}) as process:
+            status = watched(process, model["folder"], partial, total(files))
         if status:
             raise Failed(f"{model['repository']}: hf download ended with status {status}")
+
+
+def watched(process: subprocess.Popen[bytes], title: str, partial: Path, size: int) -> int:
+    """Its exit status; meanwhile, say how much of the `size` bytes it fetches is there."""
+    seen = ""
+    while True:
+        try:
+            return process.wait(LOOK_SECONDS)
+        except subprocess.TimeoutExpired:
+            line = f"{title}: {min(100, 100 * used(partial) // max(1, size))} % of {gib(size)} GiB"
+        if line != seen:
+            say(line)
+        seen = line
+
+
+def used(folder: Path) -> int:
+    """Bytes of all files below a folder, some of which may just be renamed."""
+    found = 0
+    for top, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                found += Path(top, name).lstat().st_size
+    return found
 
 
 def asked(request: urllib.request.Request, repository: str) -> Json:
@@ -280,6 +305,7 @@ class Directory:
             part = wanted.with_name(f"{wanted.name}.part")
             shutil.copyfile(self.folder / model["folder"] / name, part)
             part.rename(wanted)
+            say(f"{model['folder']}: {name} ({gib(file.size)} GiB)")
 
 
 # Fetching

@@ -52,7 +52,10 @@ systemctl enable -q {unit}
 systemctl reset-failed {unit} 2>/dev/null
 # one that waits to be tried again would make start wait, too; one that runs is joined
 [ "$(systemctl show -p SubState --value {unit})" != auto-restart ] || systemctl stop {unit}
-systemctl start {unit} || {{ journalctl -u {unit} -n 15 --no-pager -o cat >&2; exit 1; }}
+journalctl -u {unit} -f -n 0 -o cat & shows=$!
+systemctl start {unit}; status=$?
+kill $shows
+[ $status = 0 ] || {{ journalctl -u {unit} -n 15 --no-pager -o cat >&2; exit 1; }}
 """
 
 
