@@ -46,6 +46,8 @@ class Call:
     path: str
     body: bytes
     shape: Shape | None = None  # None: the answer's bytes pass through untouched
+    end: bytes = b""  # what stands in the last event of a stream that is whole; empty: nothing
+    own_errors: bool = False  # the backend's errors have the client's format already
 
 
 class Request(Protocol):

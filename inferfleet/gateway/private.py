@@ -1,0 +1,164 @@
+"""The private address of a worker: numbers for Prometheus, state and orders for operators."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from fastapi import Body, FastAPI, HTTPException, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from inferfleet.gateway.pool import everyone
+
+if TYPE_CHECKING:
+    from inferfleet.gateway.core import Core
+    from inferfleet.gateway.pool import Instance
+    from inferfleet.gateway.worker import Worker
+
+
+def private(worker: Worker) -> FastAPI:
+    """Its pages; /docs describes them."""
+    app = FastAPI(title="inferfleet gateway, private side")
+    core = worker.core
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Everything counted, for Prometheus."""
+        observe(core)
+        return Response(core.metrics.expose(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/health")
+    async def health() -> dict[str, bool]:
+        """The worker lives."""
+        return {"ok": True}
+
+    @app.get("/ready")
+    async def ready(response: Response) -> dict[str, bool]:
+        """Clients can be served: some instance can be asked, and it is not draining."""
+        able = can_serve(core)
+        response.status_code = 200 if able else 503
+        return {"ok": able}
+
+    @app.get("/status")
+    async def status() -> Response:
+        """Pools, instances, weights and the use of keys in this worker."""
+        return Response(
+            msgspec.json.encode(told(worker)), media_type="application/json"
+        )
+
+    @app.post("/drain")
+    async def drain() -> dict[str, int]:
+        """Refuse new requests from now on; says how many are still under way."""
+        core.draining = True
+        return {"outstanding": len(core.live)}
+
+    @app.post("/undrain")
+    async def undrain() -> dict[str, int]:
+        """Take requests again."""
+        core.draining = False
+        return {"outstanding": len(core.live)}
+
+    @app.post("/instances/{name}/drain")
+    async def drain_instance(name: str) -> dict[str, int]:
+        """Give an instance no new requests; says how many it still has."""
+        return set_draining(core, name, True)
+
+    @app.post("/instances/{name}/undrain")
+    async def undrain_instance(name: str) -> dict[str, int]:
+        """Give an instance requests again."""
+        return set_draining(core, name, False)
+
+    @app.get("/shadow")
+    async def shadow() -> Response:
+        """How the answers of shadowed pools compare with those that clients got."""
+        return Response(worker.shadows.report(), media_type="application/json")
+
+    @app.put("/models/{name:path}/weights")
+    async def weigh(name: str, weights: dict[str, float] = Body()) -> dict[str, float]:
+        """Send a model's requests to its pools by these weights, until a restart or DELETE."""
+        return set_weights(worker, name, weights)
+
+    @app.delete("/models/{name:path}/weights")
+    async def unweigh(name: str) -> dict[str, float]:
+        """Go back to the weights of the configuration."""
+        return set_weights(worker, name, None)
+
+    return app
+
+
+def can_serve(core: Core) -> bool:
+    """Whether new requests have a chance."""
+    now = core.time()
+    return not core.draining and any(i.usable(now) for i in everyone(core.pools.values()))
+
+
+def observe(core: Core) -> None:
+    """Bring what is a state, not a count, into the metrics."""
+    now = core.time()
+    for instance in everyone(core.pools.values()):
+        series = core.metrics.instance(instance.name)
+        series.outstanding, series.up = instance.outstanding, instance.usable(now)
+    for name, route in core.routes.items():
+        core.metrics.model(name).queued = sum(len(p.waiting) for p in route.active)
+
+
+def told(worker: Worker) -> dict[str, Any]:
+    """The state in JSON's terms."""
+    core = worker.core
+    now = core.time()
+    return {
+        "draining": core.draining,
+        "outstanding": len(core.live),
+        "keys": worker.limits.usage(time.time()),
+        "keys_problem": worker.keys.problem,
+        "models": {
+            name: {"weights": route.weights, "queued": sum(len(p.waiting) for p in route.active)}
+            for name, route in core.routes.items()
+        },
+        "pools": {
+            name: [state(instance, now) for instance in pool.instances]
+            for name, pool in core.pools.items()
+        },
+    }
+
+
+def state(instance: Instance, now: float) -> dict[str, Any]:
+    """One instance, for people."""
+    broken = max(0.0, instance.asked_again_at - now)
+    why = instance.down or ("draining" if instance.draining else "failures" if broken else "")
+    return {
+        "name": instance.name,
+        "url": instance.url,
+        "usable": instance.usable(now),
+        "left_out": why,
+        "again_in_seconds": round(broken, 1),
+        "outstanding": instance.outstanding,
+        "failures": instance.failures,
+    }
+
+
+def set_draining(core: Core, name: str, draining: bool) -> dict[str, int]:
+    """Begin or end the drain of an instance."""
+    found = core.instances().get(name)
+    if found is None:
+        raise HTTPException(404, f"there is no instance '{name}'")
+    found.draining = draining
+    found.pool.wake()
+    return {"outstanding": found.outstanding}
+
+
+def set_weights(worker: Worker, name: str, weights: dict[str, float] | None) -> dict[str, float]:
+    """Other weights, or with None the configured ones again."""
+    route = worker.core.routes.get(name)
+    if route is None:
+        raise HTTPException(404, f"there is no model '{name}'")
+    wanted = dict(worker.config.models[name].pools) if weights is None else weights
+    if unknown := [pool for pool in wanted if pool not in route.pools]:
+        known = ", ".join(route.pools)
+        raise HTTPException(422, f"'{unknown[0]}' is no pool of '{name}'; it has {known}")
+    if any(weight < 0 for weight in wanted.values()) or not any(wanted.values()):
+        raise HTTPException(422, "weights are 0 or more, and one at least is more")
+    route.weigh(wanted)
+    worker.keep_weights()
+    return wanted

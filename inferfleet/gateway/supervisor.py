@@ -1,0 +1,204 @@
+"""The parent of the workers: holds the listening sockets, so that no reload refuses a client.
+
+SIGHUP starts new workers from the files as they are now, and once these are ready lets the old
+ones drain; when the new ones fail, the old ones stay. SIGTERM drains and ends. Workers that die
+are started again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from inferfleet.gateway.config import Config, ConfigError, address, load
+
+LOG = logging.getLogger("inferfleet.gateway")
+BACKLOG = 4096
+START = 60.0  # seconds a worker may take until it is ready
+PAUSE = 1.0  # seconds before a worker that died is started again
+
+
+@dataclass(eq=False)
+class Child:
+    """A worker process. Two of the same slot live while a reload lets the old one drain."""
+
+    slot: int
+    process: asyncio.subprocess.Process
+    retired: bool = False
+
+
+class Supervisor:
+    """All workers of one gateway."""
+
+    def __init__(self, path: Path, config: Config, state: Path | None) -> None:
+        self.path, self.config, self.state = path, config, state
+        self.sockets = [listening(config.listen)]
+        self.children: set[Child] = set()
+        self.generation = 0
+        self.stopping = asyncio.Event()
+        self.changes = asyncio.Lock()
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> int:
+        """Until SIGTERM; 1 when the first workers do not come up."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stopping.set)
+        loop.add_signal_handler(signal.SIGHUP, lambda: self.keep(self.reload()))
+        loop.add_signal_handler(signal.SIGUSR1, self.reopen_logs)
+        if not await self.replace():
+            await self.retire(set(self.children))
+            return 1
+        notify("READY=1")
+        await self.stopping.wait()
+        notify("STOPPING=1")
+        await self.retire(set(self.children))
+        return 0
+
+    async def reload(self) -> None:
+        """New workers for old ones, if the configuration is good and they come up."""
+        async with self.changes:
+            notify("RELOADING=1")
+            try:
+                config = load(self.path)
+            except ConfigError as error:
+                LOG.error("%s; the configuration from before stays in force", error)
+            else:
+                if (config.listen, config.private) != (self.config.listen, self.config.private):
+                    LOG.error("another address needs a restart; the old ones stay in use")
+                self.config = config
+                await self.replace()
+            notify("READY=1")
+
+    async def replace(self) -> bool:
+        """Start a new set of workers; when all are ready, let the old ones drain."""
+        old = set(self.children)
+        started = await asyncio.gather(*(self.start(n) for n in range(self.config.workers)))
+        new = {child for child in started if child}
+        if len(new) < self.config.workers:
+            LOG.error("new workers did not come up; the old ones go on")
+            await self.retire(new)
+            return False
+        self.generation += 1
+        self.publish()
+        self.keep(self.retire(old))
+        return True
+
+    async def start(self, slot: int) -> Child | None:
+        """One worker, ready to serve; None when it died or was too slow."""
+        mine, its = os.pipe()
+        private = self.private(slot)
+        public = self.sockets[0].fileno()
+        argv = [sys.executable, "-m", "inferfleet.gateway", "--config", str(self.path), "--worker"]
+        argv += [f"{slot},{public},{private.fileno()},{its}"]
+        inherited = (public, private.fileno(), its)
+        process = await asyncio.create_subprocess_exec(*argv, pass_fds=inherited)
+        os.close(its)
+        child = Child(slot, process)
+        self.children.add(child)
+        ready = await first_byte(mine)
+        if not ready:
+            child.retired = True
+        self.keep(self.attend(child))
+        return child if ready else None
+
+    def private(self, slot: int) -> socket.socket:
+        """The private socket of a slot; kept over reloads."""
+        while len(self.sockets) <= slot + 1:
+            host, port = address(self.config.private)
+            number = port + len(self.sockets) - 1 if port else 0
+            text = f"[{host}]:{number}" if ":" in host else f"{host}:{number}"
+            self.sockets.append(listening(text))
+        return self.sockets[slot + 1]
+
+    async def attend(self, child: Child) -> None:
+        """Start another when it dies by itself."""
+        code = await child.process.wait()
+        self.children.discard(child)
+        if child.retired or self.stopping.is_set():
+            return
+        LOG.error("worker %d ended by itself (%d); starting another", child.process.pid, code)
+        await asyncio.sleep(PAUSE)
+        async with self.changes:
+            if not self.stopping.is_set():
+                await self.start(child.slot)
+                self.publish()
+
+    async def retire(self, children: set[Child]) -> None:
+        """Let workers drain and end."""
+        for child in children:
+            child.retired = True
+            if child.process.returncode is None:
+                child.process.terminate()
+        await asyncio.gather(*(child.process.wait() for child in children))
+
+    def reopen_logs(self) -> None:
+        """Tell all workers that their log was moved away."""
+        for child in self.children:
+            child.process.send_signal(signal.SIGUSR1)
+
+    def keep(self, work: asyncio.coroutines.Coroutine[None, None, None]) -> None:
+        """Run it beside; a task that nobody holds may vanish."""
+        task = asyncio.ensure_future(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def publish(self) -> None:
+        """Say for `--reload` which generation of workers serves."""
+        if self.state:
+            pids = [child.process.pid for child in self.children if not child.retired]
+            new = self.state.with_suffix(".new")
+            new.write_text(json.dumps({"generation": self.generation, "workers": pids}))
+            new.replace(self.state)
+
+
+def listening(text: str) -> socket.socket:
+    """A bound, listening socket; ConfigError when the address cannot be had."""
+    host, port = address(text)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found = socket.socket(family, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    try:
+        found.bind((host, port))
+    except OSError as error:
+        raise ConfigError(f"{text}: {(error.strerror or str(error)).lower()}") from None
+    found.listen(BACKLOG)
+    found.setblocking(False)
+    return found
+
+
+async def first_byte(pipe: int) -> bool:
+    """Whether the other end says ready before it ends or time is over."""
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader()
+    transport, _ = await loop.connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(pipe, "rb")
+    )
+    try:
+        async with asyncio.timeout(START):
+            return bool(await reader.read(1))
+    except TimeoutError:
+        return False
+    finally:
+        transport.close()
+
+
+def notify(text: str) -> None:
+    """Tell systemd, if it asked to be told (sd_notify(3))."""
+    where = os.environ.get("NOTIFY_SOCKET", "")
+    if not where:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as told:
+        try:
+            told.connect("\0" + where[1:] if where.startswith("@") else where)
+            told.send(text.encode())
+        except OSError as error:
+            LOG.warning("systemd cannot be told '%s': %s", text, error)
