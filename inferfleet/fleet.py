@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+
+from rich.console import Console
 
 from inferfleet import outlook, outlook_lines, push, report
 from inferfleet.errors import HostError
@@ -28,12 +31,14 @@ class Fleet:
     results: list[Result] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
+    interrupted: bool = False
 
     def __enter__(self) -> Fleet:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for host in self.surveyed:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close all channels, but leave alone what was left to finish by itself."""
+        for host in self.surveyed if kind is not KeyboardInterrupt else ():
             host.close()
 
     @property
@@ -67,12 +72,19 @@ class Fleet:
         with report.Progress(out, [host.name for host in self.surveyed if host.diff]) as progress:
             told = partial(self._told, progress)
             work = partial(push.apply, reason=reason, on_event=told)
-            for host, outcome in push.each(self.surveyed, work):
-                if isinstance(outcome, HostError):
-                    outcome = self._failed(host.name, outcome.message)
-                self.results.append(outcome)
+            futures = push.begin(self.surveyed, work)
+            heard = report.console(stderr=True) if quiet else out
+            self.interrupted = not _finished(futures, heard)
+        for future, host in futures.items():
+            self.results.append(self._result(host.name, future))
         order = [host.name for host in self.plan.hosts]
         self.results.sort(key=lambda result: order.index(result.host))
+
+    def _result(self, host: str, future: Future[Result | HostError]) -> Result:
+        if future.cancelled():
+            return Result(host, "skipped", error="interrupted before it began")
+        outcome = future.result()
+        return self._failed(host, outcome.message) if isinstance(outcome, HostError) else outcome
 
     def _told(self, progress: report.Progress, host: str, event: dict[str, Any]) -> None:
         """Pass an event on; what a host's command printed is masked as its failure would be."""
@@ -94,6 +106,22 @@ class Fleet:
         for result in self.results if failures else ():
             out.print(f"[bold]{result.host}[/]: {report.result_line(result)}")
         out.print(summary)
+
+
+def _finished(futures: Collection[Future[Any]], out: Console) -> bool:
+    """Wait for all; False when Ctrl-C was pressed, which begins no more of them.
+
+    KeyboardInterrupt when it is pressed again.
+    """
+    try:
+        wait(futures)
+    except KeyboardInterrupt:
+        begun = [future for future in futures if not future.cancel()]
+        running = report.counted(sum(not future.done() for future in begun), "host")
+        out.print(f"finishing on {running}; Ctrl-C again leaves them to finish by themselves")
+        wait(begun)
+        return False
+    return True
 
 
 def survey(project: Project, plan: Plan, hosts: Sequence[Host], secrets: Reveal) -> Fleet:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import getpass
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -91,10 +91,10 @@ def apply(surveyed: Surveyed, reason: str, on_event: OnEvent) -> Result:
     )
 
 
-def each(
+def begin(
     things: Sequence[T], work: Callable[[T], R], workers: int = WORKERS
-) -> Iterator[tuple[T, R | HostError]]:
-    """`work` on every thing in parallel, as they finish; a HostError is an outcome, not an end."""
+) -> dict[Future[R | HostError], T]:
+    """`work` on every thing in parallel; a HostError is an outcome, not an end."""
 
     def guarded(thing: T) -> R | HostError:
         try:
@@ -102,10 +102,23 @@ def each(
         except HostError as error:
             return error
 
-    with ThreadPoolExecutor(max(1, min(workers, len(things)))) as pool:
-        futures = {pool.submit(guarded, thing): thing for thing in things}
+    pool = ThreadPoolExecutor(max(1, min(workers, len(things))))
+    futures = {pool.submit(guarded, thing): thing for thing in things}
+    pool.shutdown(wait=False)  # its threads end with the last of these
+    return futures
+
+
+def each(
+    things: Sequence[T], work: Callable[[T], R], workers: int = WORKERS
+) -> Iterator[tuple[T, R | HostError]]:
+    """The outcomes of `work`, as they come; what has not begun when nobody asks on never does."""
+    futures = begin(things, work, workers)
+    try:
         for future in as_completed(futures):
             yield futures[future], future.result()
+    finally:
+        for future in futures:
+            future.cancel()
 
 
 def changed(surveyed: Surveyed) -> list[Artefact]:

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from invoke.context import Context
 from invoke.exceptions import Exit
@@ -59,7 +61,7 @@ def command(**helps: str) -> Callable[[Callable[..., int]], Any]:
                 code = _shown(Error(f"{error.filename}: {why}"), as_json=as_json)
             except KeyboardInterrupt:
                 print("\ninterrupted; a host that had begun finishes by itself", file=sys.stderr)
-                code = INTERRUPTED
+                _leave(INTERRUPTED)
             if code:
                 raise Exit(code=code)
 
@@ -67,6 +69,14 @@ def command(**helps: str) -> Callable[[Callable[..., int]], Any]:
         return task(help=helps, positional=positional, klass=_Task)(run)
 
     return decorate
+
+
+def _leave(code: int) -> NoReturn:
+    """End at once: the threads that serve hosts would be waited for otherwise."""
+    with contextlib.suppress(OSError):  # whoever read it was interrupted, too
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def _shown(error: Error, *, as_json: bool) -> int:

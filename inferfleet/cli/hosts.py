@@ -11,6 +11,7 @@ from invoke.context import Context
 
 from inferfleet.cli.command import (
     FINE,
+    INTERRUPTED,
     INVENTORY,
     JSON,
     LIMIT,
@@ -143,6 +144,8 @@ def provision(
         report.as_json({**_outcome(found), **capacity})
     elif any(result.status != "unchanged" for result in found.results):
         report.show_results(report.console(), found.results)
+    if found.interrupted:
+        return INTERRUPTED
     return PROBLEMS if any(result.status == "failed" for result in found.results) else FINE
 
 
