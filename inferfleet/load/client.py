@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import ssl
 import time
 from dataclasses import replace
@@ -63,11 +64,11 @@ class Client:
                     await _read(response, Reader(self.target.api), sample)
                 else:
                     sample.error = f"status {response.status}"
-                    sample.detail = self._hidden(await response.text(errors="replace"))
+                    sample.detail = self._hidden(_message(await response.text(errors="replace")))
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             kind = _kind(error)
             sample.error = "cut" if kind == "reset" and sample.arrivals else kind
-            sample.detail = self._hidden(str(error) or type(error).__name__)
+            sample.detail = self._hidden(_said(error))
         sample.ended = time.perf_counter()
         return sample
 
@@ -85,15 +86,16 @@ class Client:
             async with self._session.get(
                 self.target.url + path, server_hostname=self._name, allow_redirects=False
             ) as response:
-                _checked(self.target, response.status, self._hidden(await response.text()))
-                found = [str(entry[name]) for entry in (await response.json())[listed]]
+                text = await response.text(errors="replace")
+                _checked(self.target, response.status, self._hidden(_message(text)))
+                found = [str(entry[name]) for entry in json.loads(text)[listed]]
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise unreachable(self.target, self._hidden(str(error)), _kind(error)) from error
+            raise _failed(self.target, self._hidden(_said(error)), _kind(error)) from error
         except (ValueError, KeyError, TypeError) as error:
-            raise Error(f"{self.target.name}: {path} lists no models; say --model") from error
+            raise Error(f"{self.target.where}: {path} lists no models; say --model") from error
         if len(found) != 1:
             has = ", ".join(found) or "none"
-            raise Error(f"{self.target.name}: which model? Say --model; it has {has}")
+            raise Error(f"{self.target.where}: which model? Say --model; it has {has}")
         self.target = replace(self.target, model=found[0])
         return self
 
@@ -103,7 +105,7 @@ class Client:
         if sample.error.startswith("status "):
             _checked(self.target, int(sample.error.split()[1]), sample.detail)
         if sample.error:
-            raise unreachable(self.target, sample.detail, sample.error)
+            raise _failed(self.target, sample.detail, sample.error)
         return sample
 
     def body(self, prompts: Prompts, workload: Workload, limit: int | None = None) -> bytes:
@@ -122,19 +124,33 @@ def _kind(error: BaseException) -> str:
 def _checked(target: Target, status: int, said: str) -> None:
     if status in (401, 403):
         whose = f"the key of {target.user}" if target.user else "requests without a key"
-        raise Error(f"{target.name}: {target.url} refuses {whose} (status {status})")
+        raise Error(f"{target.where} refuses {whose} (status {status})")
     if status != 200:
-        raise Error(f"{target.name}: {target.url} answers with status {status}: {said}")
+        raise Error(f"{target.where} answers with status {status}: {said}")
 
 
-def unreachable(target: Target, said: str, kind: str) -> Error:
+def _failed(target: Target, said: str, kind: str) -> Error:
     """One line for a target that does not answer as it should."""
-    where = f"{target.name}: {target.url}" if target.name != target.url else target.url
     if kind == "TLS":
-        return Error(f"{where}: its certificate is not trusted: {said}. {_CERTIFICATE}")
+        return Error(f"{target.where}: its certificate is not trusted: {said}. {_CERTIFICATE}")
     if kind == "connect":
-        return Error(f"{where} cannot be reached: {said}")
-    return Error(f"{where} gives no answer ({kind}): {said}")
+        return Error(f"{target.where} cannot be reached: {said}")
+    return Error(f"{target.where} gives no answer ({kind}): {said}")
+
+
+def _said(error: BaseException) -> str:
+    """What happened, without aiohttp's own frame of words around it."""
+    inner = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+    return str(inner) or type(inner).__name__
+
+
+def _message(text: str) -> str:
+    """What an error's body says: its message, where it is JSON with one."""
+    try:
+        error = json.loads(text)["error"]
+    except (ValueError, KeyError, TypeError):
+        return text
+    return str(error.get("message", error)) if isinstance(error, dict) else str(error)
 
 
 async def _read(response: aiohttp.ClientResponse, reader: Reader, sample: Sample) -> None:

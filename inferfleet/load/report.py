@@ -24,8 +24,8 @@ def intent(targets: Sequence[Target], method: Method) -> Iterator[str]:
     """What will be sent where, before it is."""
     for target in targets:
         whose = f", with the key of {target.user}" if target.user else ""
-        model = target.model or "its only model"
-        yield f"{target.name}: {model} at {target.url} ({target.api}'s API){whose}"
+        model = target.model or "the only model there is"
+        yield f"{target.where}: {model}, {target.api}'s API{whose}"
     each = counted(method.requests, "request") if method.requests else f"{method.seconds:g} s"
     steps = ", ".join(map(str, method.concurrency))
     times = f", {method.repeats} times" if method.repeats > 1 else ""

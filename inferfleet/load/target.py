@@ -35,6 +35,11 @@ class Target:
     ca: str = ""
     server_name: str = ""
 
+    @property
+    def where(self) -> str:
+        """Its name with its address, for a message."""
+        return self.url if self.name == self.url else f"{self.name} ({self.url})"
+
 
 def of_url(url: str, model: str, api: Api, key: str, ca: str) -> Target:
     """Any endpoint; `key` is a reference, such as `env:NAME`. Raises UsageError, SecretError."""
@@ -61,12 +66,21 @@ def of_phase(project: Project, plan: Plan, model: str, user: str, ca: str) -> Ta
 
     Raises UsageError where that cannot be told or reached from here, and SecretError.
     """
+    fronts = [step for role in _FRONTS for step in _steps(plan, role)]
+    gateways = _steps(plan, "gateway")
+    if gateways:  # it knows every model, and takes other names for them, too
+        name = model or _served(plan, "")[0].deployment.model.served_name
+        return _front(project, plan, fronts[0], "", name, user, ca)
     instances = _served(plan, model)
-    for role in _FRONTS:
-        steps = [s for host in plan.steps.values() for s in host if s.role == role]
-        if steps:
-            return _front(project, plan, steps[0], instances[0], user, ca)
-    return _engine(project, plan, instances, user)
+    first = instances[0].deployment
+    if fronts:
+        prefix = _prefix(plan, fronts[0], first.name)
+        return _front(project, plan, fronts[0], prefix, first.model.served_name, user, ca)
+    return _engine(project, plan, instances[0], user)
+
+
+def _steps(plan: Plan, role: str) -> list[Step]:
+    return [step for steps in plan.steps.values() for step in steps if step.role == role]
 
 
 def _served(plan: Plan, model: str) -> list[Instance]:
@@ -86,7 +100,7 @@ def _served(plan: Plan, model: str) -> list[Instance]:
 
 
 def _front(
-    project: Project, plan: Plan, step: Step, instance: Instance, user: str, ca: str
+    project: Project, plan: Plan, step: Step, prefix: str, model: str, user: str, ca: str
 ) -> Target:
     tls, own = step.settings.get("tls"), step.settings.get("server_name", "_")
     address = f"{_bracketed(step.host.address)}:{step.settings['port']}"
@@ -94,8 +108,8 @@ def _front(
     pinned = _text(project, tls["certificate"]) if tls and not ca else ""
     return Target(
         name=plan.phase.name,
-        url=f"{'https' if tls else 'http'}://{address}{_prefix(plan, step, instance)}",
-        model=instance.deployment.model.served_name,
+        url=f"{'https' if tls else 'http'}://{address}{prefix}",
+        model=model,
         user=name,
         key=_text(project, key).strip() if key else "",
         pinned=pinned,
@@ -104,22 +118,18 @@ def _front(
     )
 
 
-def _prefix(plan: Plan, step: Step, instance: Instance) -> str:
+def _prefix(plan: Plan, step: Step, deployment: str) -> str:
     """nginx cannot see the model: of several deployments, each has a path of its own."""
-    gateways = any(s.role == "gateway" for host in plan.steps.values() for s in host)
-    served = set(step.settings.get("deployments", ())) or {
-        i.deployment.name for i in plan.instances()
-    }
-    return "" if gateways or len(served) == 1 else f"/{instance.deployment.name}"
+    every = {instance.deployment.name for instance in plan.instances()}
+    served = every & set(step.settings.get("deployments", every))
+    return "" if len(served) == 1 else f"/{deployment}"
 
 
 def _users(plan: Plan) -> dict[str, Any]:
-    """Clients' keys by name; where a gateway holds them, an entry may say more than the key."""
+    """Clients' keys by name; a gateway holds them where there is one, some with limits."""
     found: dict[str, Any] = {}
-    for steps in plan.steps.values():
-        for step in steps:
-            if step.role in _FRONTS:
-                found |= step.settings.get("api_keys") or {}
+    for step in _steps(plan, "gateway") or _steps(plan, "balancer"):
+        found |= step.settings.get("api_keys") or {}
     return {name: e["key"] if isinstance(e, dict) else e for name, e in found.items()}
 
 
@@ -133,8 +143,7 @@ def _key(users: dict[str, Any], user: str, phase: str) -> tuple[str, Any]:
     return name, users.get(name)
 
 
-def _engine(project: Project, plan: Plan, instances: list[Instance], user: str) -> Target:
-    first = instances[0]
+def _engine(project: Project, plan: Plan, first: Instance, user: str) -> Target:
     here, loopback = first.host.connection == "local", first.listen in ("127.0.0.1", "::1")
     if loopback and not here:
         raise UsageError(

@@ -36,9 +36,10 @@ class Workload:
     def calibrated(self, full: int | None, half: int | None) -> Workload:
         """The words for the wanted length, when these made `full` tokens, and half of them `half`.
 
-        Length is linear in words; what the chat template adds stays as it is.
+        Length is linear in words; what the chat template adds stays as it is. No tokenizer makes
+        less than half a token of a word: a count that says so left out what was cached.
         """
-        if not full or not half or full <= half:
+        if full is None or half is None or full - half < self.words / 4:
             return self
         each = (full - half) / (self.words - self.words // 2)
         words = round(self.words + (self.prompt_tokens - full) / each)
