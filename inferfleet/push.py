@@ -6,14 +6,13 @@ change all travel over it. A host that fails is a result among others; its sibli
 
 from __future__ import annotations
 
-import getpass
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from inferfleet import transport, wire
+from inferfleet import transport, whoami, wire
 from inferfleet.diff import diff
 from inferfleet.errors import HostError
 from inferfleet.model import Artefact, Bundle, Diff, Result, Snapshot
@@ -73,7 +72,7 @@ def apply(surveyed: Surveyed, reason: str, on_event: OnEvent) -> Result:
     restarts = 0
     if surveyed.diff:
         request = wire.request(
-            surveyed.bundle, surveyed.snapshot, owner=getpass.getuser(), reason=reason
+            surveyed.bundle, surveyed.snapshot, owner=whoami.owner(), reason=reason
         )
         for block in request:
             surveyed.session.send(block)

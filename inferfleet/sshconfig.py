@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import re
 import shlex
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import paramiko
 
-from inferfleet import hostkeys
+from inferfleet import hostkeys, whoami
 from inferfleet.errors import TransportError
 from inferfleet.model import Host
 from inferfleet.transport import USER_KNOWN_HOSTS, Options
@@ -90,6 +89,8 @@ def _hop(text: str) -> Host:
 
 def _settings(host: Host, options: Options) -> dict[str, str | list[str]]:
     """ssh_config for a host's address, then what it says for the host's inventory name alone."""
+    if not whoami.user():  # paramiko asks for it, as ssh does
+        raise TransportError(host.name, f"uid {os.getuid()} has no name here: set LOGNAME")
     config = _config(options.ssh_config.expanduser(), host)
     found: dict[str, str | list[str]] = {**config.lookup(host.address)}
     if host.name != host.address:
@@ -143,7 +144,7 @@ def _endpoint(
 
     address = one("hostname", host.address)
     port = int(one("port", "22"))
-    user = one("user") or getpass.getuser()
+    user = one("user") or whoami.user()
     key = [host.key] if host.key else list(settings.get("identityfile", []))
     alias = one("hostkeyalias")
     name = alias.lower() or hostkeys.known_name(address, port)
