@@ -13,6 +13,7 @@ from invoke.program import Program
 
 from inferfleet import __version__
 from inferfleet.cli.capacity import fit, recommend, size
+from inferfleet.cli.clients import clients
 from inferfleet.cli.command import CUT, USAGE
 from inferfleet.cli.hosts import discover, doctor, plan, provision, trust, verify
 from inferfleet.cli.inventories import check, init, render, schema
@@ -31,6 +32,7 @@ namespace = Collection(
     recommend,
     size,
     bench,
+    clients,
     schema,
     trust,
     init,
