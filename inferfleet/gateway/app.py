@@ -9,19 +9,22 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 from inferfleet.gateway.fronts import ollama, openai
-from inferfleet.gateway.keys import ANYONE, Key, Keys, bearer
+from inferfleet.gateway.keys import Key, Keys, bearer
 from inferfleet.gateway.log import Record, RequestIds, RequestLog
+from inferfleet.gateway.metrics import Refused as RefusedFor
 from inferfleet.gateway.relay import Exchange
 from inferfleet.gateway.request import BadRequest
 from inferfleet.gateway.shadow import Said, listening_in
 
 if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
     from inferfleet.gateway.core import Core
     from inferfleet.gateway.fronts.models import Names
     from inferfleet.gateway.limits import Limits
@@ -29,10 +32,6 @@ if TYPE_CHECKING:
     from inferfleet.gateway.shadow import Shadows
     from inferfleet.gateway.tracing import Tracer
 
-    Scope = dict[str, Any]
-    Receive = Callable[[], Awaitable[dict[str, Any]]]
-    Send = Callable[[dict[str, Any]], Awaitable[None]]
-    Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _ASKED = re.compile(rb'"(?:prompt_tokens|input_tokens|prompt_eval_count)"\s*:\s*(\d+)')
 _MADE = re.compile(rb'"(?:completion_tokens|output_tokens|eval_count)"\s*:\s*(\d+)')
@@ -47,6 +46,8 @@ class Front:
     parse: Callable[[bytes], Request]
     failed: Callable[[int, str, str], bytes]
 
+
+Reason = RefusedFor | Literal["request"]
 
 FRONTS = {
     **{
@@ -73,8 +74,13 @@ class Left(Exception):
     """The client went before its request was whole."""
 
 
-class TooLarge(Exception):
-    """The body is larger than it may be."""
+class Refused(Exception):
+    """The request is not let in; `code` is for the log and the metrics."""
+
+    def __init__(self, status: int, message: str, code: Reason, retry_after: int = 0) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code = status, message, code
+        self.retry_after = retry_after
 
 
 class App:
@@ -87,7 +93,7 @@ class App:
         limits: Limits,
         log: RequestLog,
         names: Names,
-        pages: Asgi,
+        pages: ASGIApp,
         shadows: Shadows,
         tracer: Tracer | None,
     ) -> None:
@@ -109,7 +115,18 @@ class App:
 class Asked:
     """One request for tokens, from its headers to its line in the log."""
 
-    __slots__ = ("app", "began", "exchange", "front", "headers", "key", "record", "said", "send", "span")
+    __slots__ = (
+        "app",
+        "began",
+        "exchange",
+        "front",
+        "headers",
+        "key",
+        "record",
+        "said",
+        "send",
+        "span",
+    )
 
     def __init__(self, app: App, front: Front, scope: Scope, send: Send) -> None:
         self.app, self.front, self.send = app, front, send
@@ -125,46 +142,47 @@ class Asked:
     async def answer(self, receive: Receive) -> None:
         """Check the key, read, admit, relay; whatever happens, log and count it."""
         try:
-            if request := await self._request(receive):
-                await self._relay(request, receive)
+            exchange = await self._admitted(receive)
+            if exchange.request.answer is None:
+                await self._relay(exchange, receive)
+            else:
+                await exchange.say(exchange.request.answer)
+        except Refused as refused:
+            await self._refuse(refused)
+        except BadRequest as error:
+            await self._refuse(Refused(error.status, error.message, "request"))
         except Left:
             self.record.client_left, self.record.status = True, LEFT
         finally:
             self._account()
 
-    async def _request(self, receive: Receive) -> Request | None:
-        """The request, if it may be asked; otherwise the client has its answer."""
+    async def _admitted(self, receive: Receive) -> Exchange:
+        """The request on its way, if it may be asked; Refused or Left."""
         app, record = self.app, self.record
         key = app.keys.find(bearer(self.headers), self.began)
         if key is None:
-            return await self._refuse(401, "a valid API key is needed", "key")
+            raise Refused(401, "a valid API key is needed", "key")
         record.key = key.name
         if app.core.draining:
-            return await self._refuse(503, "the gateway is being stopped", "draining", 1)
-        try:
-            body = await read(receive, self.headers, app.longest)
-        except TooLarge:
-            return await self._refuse(413, "the request is larger than the gateway takes", "body")
+            raise Refused(503, "the gateway is being stopped", "draining", 1)
+        body = await read(receive, self.headers, app.longest)
         record.bytes_in = len(body)
-        try:
-            request = self.front.parse(body)
-        except BadRequest as error:
-            return await self._refuse(error.status, error.message, "request")
+        request = self.front.parse(body)
         record.model = request.model
         name = app.names.resolve(request.model)
         if name is None:
-            return await self._refuse(404, f"The model `{request.model}` does not exist.", "model")
-        if key is not ANYONE and not key.allows(name):
-            return await self._refuse(403, f"this key may not use `{request.model}`", "model")
+            raise Refused(404, f"The model `{request.model}` does not exist.", "model")
+        if not key.allows(name):
+            raise Refused(403, f"this key may not use `{request.model}`", "model")
         if refusal := app.limits.admit(key, self.began):
-            return await self._refuse(429, refusal.message, refusal.code, refusal.retry_after)
+            raise Refused(429, refusal.message, refusal.code, refusal.retry_after)
         self.key = key
         send = self.send
         if app.shadows.chosen(name):
             self.said = Said()
             send = listening_in(send, self.said)
         self.exchange = Exchange(app.core, request, app.core.routes[name], send, self._sent())
-        return request
+        return self.exchange
 
     def _sent(self) -> dict[str, str]:
         """Headers for the engine."""
@@ -176,18 +194,17 @@ class Asked:
             sent["traceparent"] = self.span.traceparent.decode()
         return sent
 
-    async def _refuse(self, status: int, message: str, code: str, retry_after: int = 0) -> None:
-        self.record.error, self.record.status = code, status
-        self.app.core.metrics.refused[code] += 1
-        kind = "rate_limit_error" if status == 429 else "invalid_request_error"
-        if status >= 500:
-            kind = "server_error"
-        body = self.front.failed(status, message, kind)
-        await respond(self.send, status, body, self.record.request_id, retry_after)
+    async def _refuse(self, refused: Refused) -> None:
+        self.record.error, self.record.status = refused.code, refused.status
+        if refused.code != "request":
+            self.app.core.metrics.refused[refused.code] += 1
+        kind = "rate_limit_error" if refused.status == 429 else "invalid_request_error"
+        body = self.front.failed(
+            refused.status, refused.message, "server_error" if refused.status >= 500 else kind
+        )
+        await respond(self.send, refused.status, body, self.record.request_id, refused.retry_after)
 
-    async def _relay(self, request: Request, receive: Receive) -> None:
-        exchange = self.exchange
-        assert exchange is not None
+    async def _relay(self, exchange: Exchange, receive: Receive) -> None:
         live = self.app.core.live
         watch = asyncio.ensure_future(receive())  # it ends when the client leaves
         watch.add_done_callback(exchange.leave)
@@ -215,8 +232,8 @@ class Asked:
 
     def _exchanged(self, exchange: Exchange, key: Key) -> None:
         record = self.record
-        record.status = LEFT if record.client_left else exchange.status
-        record.error, record.attempts = exchange.error, exchange.attempts
+        record.status = LEFT if record.client_left else exchange.status or record.status
+        record.error, record.attempts = exchange.error or record.error, exchange.attempts
         record.bytes_out, record.queue_seconds = exchange.bytes_out, exchange.queued
         record.first_byte_seconds = exchange.first_byte or None
         if instance := exchange.instance:
@@ -241,6 +258,9 @@ class Asked:
         series.client_left += record.client_left
         if exchange.first_byte:
             series.first_token.observe(exchange.first_byte)
+        if exchange.events > 1:  # a mean: to count each would cost as much as to pass it on
+            streamed = record.seconds - exchange.first_byte
+            series.inter_chunk.observe(streamed / (exchange.events - 1))
         model = metrics.model(exchange.route.model)
         model.prompt_tokens += record.prompt_tokens or 0
         model.completion_tokens += record.completion_tokens or 0
@@ -255,19 +275,20 @@ def header(headers: list[tuple[bytes, bytes]], wanted: bytes) -> bytes:
 
 
 async def read(receive: Receive, headers: list[tuple[bytes, bytes]], longest: int) -> bytes:
-    """The whole body. Left or TooLarge."""
+    """The whole body. Left, or Refused when it is too large."""
     for name, value in headers:
         if name == b"content-length" and value.isdigit() and int(value) > longest:
-            raise TooLarge
+            raise Refused(413, "the request is larger than the gateway takes", "body")
     message = await receive()
-    parts, size = [], 0
+    parts: list[bytes] = []
+    size = 0
     while message["type"] == "http.request":
         part: bytes = message["body"]
         if not message.get("more_body"):
             return b"".join((*parts, part)) if parts else part
         size += len(part)
         if size > longest:
-            raise TooLarge
+            raise Refused(413, "the request is larger than the gateway takes", "body")
         parts.append(part)
         message = await receive()
     raise Left

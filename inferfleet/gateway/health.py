@@ -14,6 +14,7 @@ from inferfleet.gateway import backends
 if TYPE_CHECKING:
     from inferfleet.gateway.backends import Load
     from inferfleet.gateway.core import Core
+    from inferfleet.gateway.metrics import Ejected
     from inferfleet.gateway.pool import Instance
 
 RETURN = 2.0  # seconds between probes of an instance that is left out

@@ -176,9 +176,7 @@ class Route:
         draws = {pool: random.random() ** (1 / self.weights[pool.name]) for pool in self.active}  # noqa: S311
         return sorted(self.active, key=draws.__getitem__, reverse=True)
 
-    async def take(
-        self, affinity: int, tried: Collection[Instance], timeout: float
-    ) -> Instance:
+    async def take(self, affinity: int, tried: Collection[Instance], timeout: float) -> Instance:
         """A place at an instance, counted at once. QueueFull, or TimeoutError.
 
         `tried` are asked again only where no other can be: a reset may have been chance, and an
@@ -186,9 +184,9 @@ class Route:
         """
         loop = asyncio.get_running_loop()
         pools = self.order()
-        if not pools[0].waiting or tried:  # nobody overtakes those who wait
-            if found := free(pools, affinity, loop.time(), tried):
-                return found
+        overtakes = pools[0].waiting and not tried
+        if not overtakes and (found := free(pools, affinity, loop.time(), tried)):
+            return found
         end = loop.time() + timeout
         while True:
             left = end - loop.time()

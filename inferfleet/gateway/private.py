@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 from fastapi import Body, FastAPI, HTTPException, Response
@@ -43,9 +43,7 @@ def private(worker: Worker) -> FastAPI:
     @app.get("/status")
     async def status() -> Response:
         """Pools, instances, weights and the use of keys in this worker."""
-        return Response(
-            msgspec.json.encode(told(worker)), media_type="application/json"
-        )
+        return Response(msgspec.json.encode(told(worker)), media_type="application/json")
 
     @app.post("/drain")
     async def drain() -> dict[str, int]:
@@ -75,7 +73,7 @@ def private(worker: Worker) -> FastAPI:
         return Response(worker.shadows.report(), media_type="application/json")
 
     @app.put("/models/{name:path}/weights")
-    async def weigh(name: str, weights: dict[str, float] = Body()) -> dict[str, float]:
+    async def weigh(name: str, weights: Annotated[dict[str, float], Body()]) -> dict[str, float]:
         """Send a model's requests to its pools by these weights, until a restart or DELETE."""
         return set_weights(worker, name, weights)
 

@@ -7,7 +7,6 @@ the client has cannot be taken back, so a stream that breaks ends with an error 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from inferfleet.gateway import backends
@@ -15,10 +14,10 @@ from inferfleet.gateway.pool import Instance, QueueFull, Route, give_back
 from inferfleet.gateway.upstream import Answer, BrokenOff, ConnectFailed
 
 if TYPE_CHECKING:
-    from inferfleet.gateway.request import Call, Request
-    from inferfleet.gateway.core import Core
+    from starlette.types import Send
 
-    Send = Callable[[dict[str, Any]], Awaitable[None]]
+    from inferfleet.gateway.core import Core
+    from inferfleet.gateway.request import Call, Request
 
 ATTEMPTS = 4  # of which an engine saw the request: one that kills engines must stop somewhere
 PAUSE = 0.1  # seconds before instances are asked again that have all failed
@@ -129,6 +128,10 @@ class Exchange:
             return await self.refuse(504, "no engine began to answer in time", self.error)
         return await self.refuse(503, "no engine can answer now", "no_engine", 5)
 
+    async def say(self, body: bytes) -> None:
+        """An answer that needs no engine."""
+        await self._answer(200, body)
+
     async def refuse(self, status: int, message: str, code: str, retry_after: int = 0) -> None:
         """An answer of our own."""
         self.error = code
@@ -202,9 +205,7 @@ class Exchange:
         if instance.failed(self.core.time(), allowed):
             self.core.ejected(instance, "passive")
 
-    async def _other(
-        self, answer: Answer, instance: Instance, call: Call
-    ) -> None:
+    async def _other(self, answer: Answer, instance: Instance, call: Call) -> None:
         """An answer that is no 200: of a busy or broken engine, or about the request."""
         status, body = answer.status, await answer.whole()
         message, kind = backends.error_text(body)
@@ -222,9 +223,7 @@ class Exchange:
             raise Retry(str(status), weight, (status, body, retry_after))
         return await self._answer(status, body, retry_after)
 
-    async def _whole(
-        self, answer: Answer, instance: Instance, call: Call
-    ) -> None:
+    async def _whole(self, answer: Answer, instance: Instance, call: Call) -> None:
         body = await answer.whole()
         now = self.core.time()
         instance.succeeded(now)
@@ -255,9 +254,7 @@ class Exchange:
         self.finished = True
         await self.send({"type": "http.response.body", "body": body})
 
-    async def _stream(
-        self, answer: Answer, instance: Instance, call: Call
-    ) -> None:
+    async def _stream(self, answer: Answer, instance: Instance, call: Call) -> None:
         """Pass the events on as they come. Each chunk costs what stands in this loop."""
         read, send, time = answer.some, self.send, self.core.time
         idle = self.core.config.timeouts.idle
@@ -285,7 +282,8 @@ class Exchange:
             now = time()
         if call.end not in self.tail and kind.startswith(STREAMS):
             self._failed(instance, self.core.config.health.failures)
-            return await self._cut("the engine ended the stream too early", "ended")
+            await self._cut("the engine ended the stream too early", "ended")
+            return
         instance.succeeded(now)
         last = shape.end() if shape else self.rest
         self.bytes_out += len(last)

@@ -56,9 +56,13 @@ class Request(Protocol):
     model: str  # as the client wrote it
     stream: bool
     affinity: int  # equal for requests that share their beginning; 0: no preference
+    answer: bytes | None  # set: what to answer, in JSON, without asking a backend
 
     def call(self, backend: Backend, model: str) -> Call:
-        """The call for this kind of backend, which knows the model by that name."""
+        """The call for this kind of backend, which knows the model by that name.
+
+        BadRequest where this kind cannot do what is asked.
+        """
         ...
 
     def failed(self, status: int, message: str, kind: str) -> bytes:

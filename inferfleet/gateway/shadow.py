@@ -10,7 +10,7 @@ import difflib
 import random
 import statistics
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,11 @@ import msgspec
 from inferfleet.gateway.pool import give_back
 
 if TYPE_CHECKING:
+    from starlette.types import Message, Send
+
     from inferfleet.gateway.config import Config
     from inferfleet.gateway.core import Core
     from inferfleet.gateway.request import Request
-
-    Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 KEPT = 1000  # comparisons a report is made from
 AT_ONCE = 32  # copies under way; further ones are dropped
@@ -159,7 +159,7 @@ class Shadows:
 def listening_in(send: Send, said: Said) -> Send:
     """The same way to the client, with a copy of what goes there."""
 
-    async def both(message: dict[str, Any]) -> None:
+    async def both(message: Message) -> None:
         said.keep(message.get("body", b""))
         await send(message)
 

@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,7 +145,7 @@ class Supervisor:
         for child in self.children:
             child.process.send_signal(signal.SIGUSR1)
 
-    def keep(self, work: asyncio.coroutines.Coroutine[None, None, None]) -> None:
+    def keep(self, work: Coroutine[None, None, None]) -> None:
         """Run it beside; a task that nobody holds may vanish."""
         task = asyncio.ensure_future(work)
         self.tasks.add(task)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import uvicorn
 
 from inferfleet.gateway.app import App
@@ -60,6 +61,8 @@ class Worker:
         self.limits = Limits(config.workers)
         self.state = Path(config.state) if config.state else None
         self.tokens = self.state / f"tokens-{slot}.json" if self.state else None
+        self.weights = self.state / "weights.json" if self.state else None
+        self.weighed_at = 0
         models = served(config)
         names = Names(models)
         self.shadows = Shadows(self.core, config)
@@ -129,10 +132,37 @@ class Worker:
             for instance in self.core.instances().values()
         ]
 
+    def keep_weights(self) -> None:
+        """Write down weights that are not the configured ones, for all workers of this host."""
+        if self.weights:
+            set_by_hand = {
+                name: route.weights
+                for name, route in self.core.routes.items()
+                if route.weights != self.config.models[name].pools
+            }
+            replace(self.weights, msgspec.json.encode(set_by_hand))
+            self.weighed_at = modified(self.weights)
+
+    def follow_weights(self) -> None:
+        """Take over weights that were set by hand, here before a restart or by another worker."""
+        if not self.weights or (now := modified(self.weights)) == self.weighed_at:
+            return
+        self.weighed_at = now
+        try:
+            found = msgspec.json.decode(self.weights.read_bytes(), type=dict[str, dict[str, float]])
+        except (OSError, msgspec.DecodeError) as error:
+            LOG.error("%s: %s; the weights stay as they are", self.weights, error)
+            return
+        for name, route in self.core.routes.items():
+            weights = found.get(name, self.config.models[name].pools)
+            if weights.keys() <= route.pools.keys():
+                route.weigh(dict(weights))
+
     async def _tend(self) -> None:
-        """Keys that changed, tokens to write down."""
+        """Keys and weights that changed, tokens to write down."""
         saved = 0.0
         while True:
+            self.follow_weights()
             await asyncio.sleep(REFRESH)
             self.keys.refresh()
             if (now := self.core.time()) - saved >= SAVE:
@@ -145,6 +175,21 @@ class Worker:
                 self.limits.save(self.tokens, time.time())
             except OSError as error:
                 LOG.error("%s: %s", self.tokens, (error.strerror or str(error)).lower())
+
+
+def modified(path: Path) -> int:
+    """When a file changed last, in ns; 0 when there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a small file whole or not at all."""
+    new = path.with_suffix(f".{os.getpid()}")
+    new.write_bytes(content)
+    new.replace(path)
 
 
 def server(app: Any) -> Server:
@@ -188,6 +233,7 @@ def main(path: str, slot: int, public: int, private: int, ready: int | None) -> 
     import uvloop
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     keep_memory()
     worker = Worker(load(Path(path)), slot)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -8,8 +8,10 @@ import zlib
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
+from inferfleet.gateway.backends import adapt
 from inferfleet.gateway.request import Backend, BadRequest, Call
 
+ADAPTED: frozenset[Backend] = frozenset({"tgi", "ollama"})  # refuse some of OpenAI's fields
 _HASHED = 4096  # bytes of a message that tell conversations apart
 _MODEL = re.compile(rb'"model"\s*:\s*"(?:[^"\\]|\\.)*"')
 
@@ -43,6 +45,7 @@ class Passing:
     """A request whose body goes to the engine as it came, but for the model's name."""
 
     __slots__ = ("affinity", "body", "model", "path", "stream")
+    answer: bytes | None = None
 
     def __init__(self, path: str, body: bytes) -> None:
         self.path, self.body = path, body
@@ -56,6 +59,10 @@ class Passing:
     def call(self, backend: Backend, model: str) -> Call:
         """The same bytes; only a model that the engine knows by another name is renamed."""
         body = self.body if model == self.model else renamed(self.body, model)
+        if backend in ADAPTED:
+            wanted = _anything(body)
+            changed = adapt(backend, wanted)
+            body = body if changed is wanted else msgspec.json.encode(changed)
         end = b"[DONE]" if self.path.endswith("completions") else b""
         return Call(self.path, body, end=end, own_errors=backend in ("vllm", "openai"))
 
