@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 
-from inferfleet.model import Artefact, Bundle, Change, Diff, FileState, Snapshot
+from inferfleet.model import Artefact, Bundle, Change, Diff, FileState, Snapshot, sh
 
 UNITS = "/etc/systemd/system/"
 MASK = b"<secret "
@@ -24,15 +24,27 @@ def diff(bundle: Bundle, snapshot: Snapshot) -> Diff:
     if snapshot.interrupted:
         pays.insert(0, Change("pay", "an interrupted run", "is finished or undone first"))
     moved = snapshot.phase if snapshot.owned and snapshot.phase != bundle.phase else ""
+    changes = (*pays, *files, *removals, *ensures)
+    if moved and not changes:
+        changes = (Change("move", f"phase {bundle.phase}", f"moves from {moved}"),)
     return Diff(
         host=snapshot.host,
-        changes=(*pays, *files, *removals, *ensures),
+        changes=changes,
         restarts=restarts,
         reloads=reloads,
         stops=stops,
         moves_from=moved,
         unknown=tuple(a.path for a in bundle.artefacts if _unresolved(a)),
+        refused=tuple(_refusals(bundle, snapshot)),
     )
+
+
+def _refusals(bundle: Bundle, snapshot: Snapshot) -> Iterator[str]:
+    """What may hold somebody's data, and is never replaced."""
+    for path in (artefact.path for artefact in bundle.artefacts):
+        if path in snapshot.files and snapshot.files[path].kind == "directory":
+            away = sh("mv", path, f"{path}.old")
+            yield f"{path} is a directory, and a file is wanted there: move it away ({away})"
 
 
 def _unresolved(artefact: Artefact) -> bool:
@@ -49,7 +61,9 @@ def _file(wanted: Artefact, files: Mapping[str, FileState]) -> Change | None:
 
 
 def _details(wanted: Artefact, state: FileState) -> Iterator[str]:
-    if state.kind != "file":
+    if state.kind == "directory":
+        yield "a directory is there: refused"
+    elif state.kind != "file":
         yield f"replaces a {state.kind}"
     elif not state.digest:
         yield "content unknown: it cannot be read without root's rights"

@@ -61,9 +61,17 @@ class Fleet:
                 continue
             more = f" (and {report.counted(len(own) - 1, 'more error')})" if len(own) > 1 else ""
             said = f"{own[0]}{more}; nothing was changed (--skip-doctor pushes all the same)"
-            self.results.append(self._failed(host.name, said))
-            self.surveyed.remove(host)
-            host.close()
+            self._drop(host, said)
+
+    def refuse(self) -> None:
+        """Let hosts that must not be touched fall out."""
+        for host in [host for host in self.surveyed if host.diff.refused]:
+            self._drop(host, push.refusal(host).message)
+
+    def _drop(self, host: Surveyed, why: str) -> None:
+        self.results.append(self._failed(host.name, why))
+        self.surveyed.remove(host)
+        host.close()
 
     def push(self, reason: str, *, quiet: bool) -> None:
         """Make every host as its bundle says; `results` then has all of them, in order."""

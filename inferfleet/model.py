@@ -295,8 +295,8 @@ class Snapshot:
 class Change:
     """One difference between a bundle and a snapshot."""
 
-    kind: Literal["create", "update", "remove", "ensure", "pay"]
-    subject: str  # a path, an ensure's title, or a unit
+    kind: Literal["create", "update", "remove", "ensure", "pay", "move"]
+    subject: str  # a path, an ensure's title, a unit, or a phase
     detail: str = ""  # "content", "mode 0644 -> 0600", ...
     units: tuple[str, ...] = ()
 
@@ -312,6 +312,7 @@ class Diff:
     stops: tuple[str, ...] = ()
     moves_from: str = ""  # the phase that held the host until now, if another one
     unknown: tuple[str, ...] = ()  # files not compared, as a secret in them cannot be resolved
+    refused: tuple[str, ...] = ()  # why a push will refuse all of it, each with a remedy
 
     def __bool__(self) -> bool:
         return bool(self.changes)

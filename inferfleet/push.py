@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from inferfleet import transport, whoami, wire
 from inferfleet.diff import diff
-from inferfleet.errors import HostError
+from inferfleet.errors import ApplyError, HostError
 from inferfleet.model import Artefact, Bundle, Diff, Result, Snapshot
 
 T = TypeVar("T")
@@ -70,6 +70,8 @@ def survey(bundle: Bundle, options: transport.Options) -> Surveyed:
 def apply(surveyed: Surveyed, reason: str, on_event: OnEvent) -> Result:
     """Make one host as its bundle says, in one more round trip. Raises HostError."""
     restarts = 0
+    if surveyed.diff.refused:
+        raise refusal(surveyed)
     if surveyed.diff:
         request = wire.request(
             surveyed.bundle, surveyed.snapshot, owner=whoami.owner(), reason=reason
@@ -88,6 +90,11 @@ def apply(surveyed: Surveyed, reason: str, on_event: OnEvent) -> Result:
         seconds=time.monotonic() - surveyed.began,
         round_trips=surveyed.session.turns,
     )
+
+
+def refusal(surveyed: Surveyed) -> ApplyError:
+    """What is said of a host that the push must not touch."""
+    return ApplyError(surveyed.name, "; ".join((*surveyed.diff.refused, "nothing was changed")))
 
 
 def begin(

@@ -16,8 +16,9 @@ from rich.text import Text
 from inferfleet.diff import unified
 from inferfleet.model import Artefact, Diff, Result
 
-_SIGNS = {"create": "+", "update": "~", "remove": "-", "ensure": "!", "pay": "!", "": " "}
-_COLOURS = {"create": "green", "update": "yellow", "remove": "red", "ensure": "cyan", "pay": "cyan"}
+_SIGNS = {"create": "+", "update": "~", "remove": "-", "ensure": "!", "pay": "!", "move": ">"}
+_COLOURS = {"create": "green", "remove": "red", "ensure": "cyan", "pay": "cyan"}
+_COLOURS |= {"update": "yellow", "move": "yellow"}
 LONGEST = 40  # lines of a new file that a plan shows
 LINE = 200  # characters of a line that a host's command printed
 TITLE = 40  # characters of a title that stands before such a line on a terminal
@@ -47,7 +48,7 @@ def show_diff(out: Console, found: Diff, artefacts: Iterable[Artefact], before: 
     """All that would change on one host: what, why, the lines, what restarts."""
     out.print(f"[bold]{found.host}[/]: {headline(found)}")
     by_path = {artefact.path: artefact for artefact in artefacts}
-    if found.moves_from:
+    if found.moves_from and found.changes[0].kind != "move":
         out.print(f"  [bold yellow]leaves phase {found.moves_from}[/]: what only it had goes away")
     for change in found.changes:
         sign, colour = _SIGNS[change.kind], _COLOURS[change.kind]
@@ -62,6 +63,8 @@ def show_diff(out: Console, found: Diff, artefacts: Iterable[Artefact], before: 
     ):
         if units:
             out.print(f"  [bold]{word}[/] {', '.join(units)}")
+    for why in found.refused:
+        out.print(f"  [bold red]refused[/]: {escape(why)}")
     for path in found.unknown:
         out.print(f"  [yellow]? {path}[/]  (not compared: its secret cannot be resolved here)")
 
@@ -81,7 +84,8 @@ def headline(found: Diff) -> str:
     if not found:
         return "no changes"
     counts: dict[str, int] = {}
-    words = {"create": "to create", "update": "to change", "remove": "to remove", "ensure": "to do"}
+    words = {"create": "to create", "update": "to change", "remove": "to remove"}
+    words |= {"ensure": "to do", "move": "to move"}
     for change in found.changes:
         word = words.get(change.kind, "to finish")
         counts[word] = counts.get(word, 0) + 1

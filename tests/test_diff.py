@@ -43,7 +43,7 @@ def test_a_host_that_is_as_wanted_has_no_diff():
         ({"mode": 0o4755, "digest": "0" * 64}, "content, mode 4755 -> 0644"),
         ({"digest": ""}, "content unknown: it cannot be read without root's rights"),
         ({"kind": "symlink", "digest": ""}, "replaces a symlink"),
-        ({"kind": "directory", "digest": ""}, "replaces a directory"),
+        ({"kind": "directory", "digest": ""}, "a directory is there: refused"),
     ],
 )
 def test_a_file_that_differs_is_updated_and_its_unit_restarted(differences, detail):
@@ -97,6 +97,21 @@ def test_failing_ensures_are_told_by_title_in_order():
 )
 def test_a_host_of_another_phase_leaves_it(phase, owned, leaves):
     assert found(A, phase=phase, owned=owned).moves_from == leaves
+
+
+def test_a_directory_where_a_file_is_wanted_is_refused_with_a_remedy():
+    odd = Artefact("/etc/a b", b"")
+    states = [FileState(odd.path, "directory"), FileState("/etc/a", "symlink")]
+    assert found(A, odd, files=states).refused == (
+        "/etc/a b is a directory, and a file is wanted there: "
+        "move it away (mv '/etc/a b' '/etc/a b.old')",
+    )
+
+
+def test_a_new_phase_alone_is_a_change_without_restarts():
+    moved = found(A, files=[as_wanted(A)], phase="q", owned={"/etc/a": ("a.service",)})
+    assert moved.changes == (Change("move", "phase p", "moves from q"),)
+    assert moved.restarts == moved.reloads == moved.stops == ()
 
 
 def test_a_secret_that_cannot_be_resolved_is_not_compared():

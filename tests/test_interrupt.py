@@ -1,70 +1,38 @@
-"""Ctrl-C while a push runs: the real command, on a host that is a folder and stands at a gate."""
+"""Ctrl-C while a push runs: the real command, on a host that stands at a gate."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
-import sys
-import textwrap
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import make
+import localkit
 import pytest
 from folderhost import FolderHost, bundle
+from localkit import until
 
 ROLE = """\
-from inferfleet.model import Ensure
-
-KIND = "service"
-
-
-def artefacts(step, plan, render):
-    run = "touch $FAKE/begun; until [ -e $FAKE/gate ]; do sleep 0.02; done; touch $FAKE/ended"
-    yield Ensure("the gate opens", "test -e $FAKE/ended", run)
-"""
-FLEET = """\
-    hosts: {here: {connection: local, become: none}}
-    phases: {p: {users: 1, why: w, hosts: [here], roles: {gate: {hosts: [here]}}}}
+run = "touch $FAKE/begun; until [ -e $FAKE/gate ]; do sleep 0.02; done; touch $FAKE/ended"
+yield Ensure("the gate opens", "test -e $FAKE/ended", run)
 """
 
 
 @pytest.fixture
 def host(tmp_path: Path) -> FolderHost:
-    make.write(tmp_path, fleet=FLEET)
-    role = tmp_path / "roles/gate"
-    role.mkdir(parents=True)
-    (role / "role.py").write_text(textwrap.dedent(ROLE))
-    (role / "schema.yml").write_text("type: object\ndescription: A gate.\nproperties: {}\n")
-    return FolderHost(tmp_path / "root", tmp_path / "fake")
+    return localkit.project(tmp_path, ROLE)
 
 
 @pytest.fixture
-def pushing(host: FolderHost, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def pushing(host: FolderHost) -> Iterator[subprocess.Popen[str]]:
     """A provision that stands at the gate."""
     words = ["provision", "--phase", "p", "--yes", "--skip-doctor"]
-    with subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "inferfleet", *words],
-        cwd=tmp_path,
-        env=host.environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with localkit.start(host, *words) as process:
         until((host.fake / "begun").exists)
         yield process
         (host.fake / "gate").touch()
         process.kill()
-
-
-def until(check: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not check():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def interrupt(process: subprocess.Popen[str], sign: str) -> str:

@@ -62,7 +62,7 @@ def plan(
         else:
             found.show(lines=True)
             print(*lines, sep="\n", end="\n" if lines else "")
-        if found.results:
+        if found.results or any(host.diff.refused for host in found.surveyed):
             return PROBLEMS
         return USAGE if detailed_exitcode and found.waiting else FINE
 
@@ -70,7 +70,8 @@ def plan(
 def _differences(found: Fleet) -> dict[str, Any]:
     hosts = {host.name: asdict(host.diff) for host in found.surveyed}
     failed = {result.host: result.error for result in found.results}
-    return {"ok": not failed, "hosts": hosts, "failed": failed}
+    refused = any(host.diff.refused for host in found.surveyed)
+    return {"ok": not failed and not refused, "hosts": hosts, "failed": failed}
 
 
 @command(
@@ -130,6 +131,7 @@ def provision(
     warn(project, quiet=json)
     lines, capacity = fleet.expected(project, wanted)
     with fleet.survey(project, wanted, hosts, project.secrets) as found:
+        found.refuse()
         if not skip_doctor:
             found.examine()
         if not json:
