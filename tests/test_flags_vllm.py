@@ -126,7 +126,9 @@ def test_compose_takes_it(tmp_path: Path, options: str) -> None:
     subprocess.run([*readers.compose(), "-f", path, "config", "-q"], check=True, timeout=60)
     engine = service(found)
     if "cdi" in options:
-        assert engine["devices"] == ["nvidia.com/gpu=0", "nvidia.com/gpu=1"]
+        (device,) = engine["deploy"]["resources"]["reservations"]["devices"]
+        assert device["driver"] == "cdi"
+        assert device["device_ids"] == ["nvidia.com/gpu=0", "nvidia.com/gpu=1"]
         assert engine["ipc"] == "host"
         assert "shm_size" not in engine
     else:

@@ -179,6 +179,31 @@ def test_a_daemon_json_of_others_is_not_overwritten(host: Path, tmp_path: Path) 
     assert run(host, wanted.test).returncode == 0, "ours is ours, whoever changed it"
 
 
+def test_docker_is_first_started_with_what_is_wanted(host: Path, tmp_path: Path) -> None:
+    found = bundle(tmp_path)
+    config, (first, *_) = host / "etc/docker/daemon.json", found.ensures
+    (host / "var/lib/inferfleet").mkdir(parents=True)
+    test = first.test.replace("dockerd", "dockerd-of-a-fresh-host")  # this machine may have one
+    assert run(host, test).returncode != 0
+    assert run(host, first.run).returncode == 0
+    assert config.read_bytes() == daemon(found).content
+    assert config.stat().st_mode & 0o777 == 0o644
+    assert run(host, test).returncode == 0
+
+    other = bundle(tmp_path / "other", "log_files: 2")
+    wanted = ensure(other, "ours to write")
+    assert run(host, wanted.test).returncode == 0, "a push that ended there leaves it ours"
+    config.write_text("changed since")
+    assert run(host, wanted.test).returncode != 0
+
+
+def test_the_command_line_is_asked_for_where_it_may_be_apart(tmp_path: Path) -> None:
+    wanted = ensure(bundle(tmp_path), "package docker-cli")
+    assert wanted.test == "command -v docker >/dev/null"
+    others = bundle(tmp_path / "others", REPOSITORY).ensures
+    assert not [each for each in others if "docker-cli" in each.title]
+
+
 def test_a_repository_is_there_before_packages(host: Path, tmp_path: Path) -> None:
     (host / "bin/apt-get").write_text(f'#!/bin/sh\necho "$*" >>{host}/asked\n')
     (host / "bin/apt-get").chmod(0o755)

@@ -104,7 +104,8 @@ def test_compose_takes_what_is_rendered(tmp_path: Path, access: str) -> None:
     assert service["environment"]["OLLAMA_HOST"] == "0.0.0.0:11434"
     assert "CUDA_VISIBLE_DEVICES" not in service["environment"]
     if access == "cdi":
-        assert service["devices"] == ["nvidia.com/gpu=1"]
+        (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+        assert (device["driver"], device["device_ids"]) == ("cdi", ["nvidia.com/gpu=1"])
     else:
         (device,) = service["deploy"]["resources"]["reservations"]["devices"]
         assert device["device_ids"] == ["1"]

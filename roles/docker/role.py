@@ -6,14 +6,15 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from inferfleet.builders import packages, repository, running
-from inferfleet.model import Artefact, Ensure, Plan, Render, Step
+from inferfleet.builders import package, packages, repository, running
+from inferfleet.model import Artefact, Ensure, Plan, Render, Step, sh
 
 KIND = "service"
 ORDER = 30  # after drivers, before whatever runs in containers
 REHEARSABLE = False  # a rehearsal's simulators run without containers
 UNIT = "docker.service"
 CONFIG = "/etc/docker/daemon.json"
+FIRST = "/var/lib/inferfleet/docker-daemon.json"  # what Docker was first started with
 DROPIN = f"/etc/systemd/system/{UNIT}.d/50-inferfleet.conf"
 PROXY = "/etc/inferfleet/docker/proxy.env"
 DISTRIBUTION = ["docker.io"]
@@ -44,9 +45,21 @@ fi
 apt-get install -y --no-install-recommends "$1"
 """
 
+# The package starts Docker, and engines' images are pulled, before any file of ours is in place:
+# without this, not through the mirrors, and to where they should not lie.
+_FIRST = """\
+set -e
+umask 022
+mkdir -p {folder}
+printf %s {content} >{config}.new
+cp {config}.new {first}
+mv {config}.new {config}
+"""
+
 _OURS = """\
 if [ -e {config} ]; then
   grep -qF '"{config}"' /var/lib/inferfleet/current.json 2>/dev/null ||
+    cmp -s {config} {first} ||
     echo '{digest}  {config}' | sha256sum -c --status
 else
   case $(docker info -f '{{{{.LiveRestoreEnabled}}}} {{{{.ContainersRunning}}}}' 2>/dev/null) in
@@ -72,6 +85,7 @@ def artefacts(step: Step, plan: Plan, render: Render) -> Iterator[Artefact | Ens
     """Packages, daemon.json, the proxy's drop-in, and a Docker that runs."""
     settings = step.settings
     config = _config(step, plan, render)
+    yield _before_the_first_start(config)
     yield from _installed(settings)
     yield _ours_to_write(config)
     yield config
@@ -147,6 +161,8 @@ def _installed(settings: Mapping[str, Any]) -> Iterator[Ensure]:
         yield repository("docker", source)
     names = settings.get("packages") or (REPOSITORY if source else DISTRIBUTION)
     yield packages("Docker Engine is installed", "command -v dockerd >/dev/null", names)
+    if not source:
+        yield package("docker-cli", "docker")  # from Debian 13 on, not with docker.io
     yield Ensure(
         "Docker Compose 2 is installed",
         test="docker compose version >/dev/null 2>&1",
@@ -156,12 +172,27 @@ def _installed(settings: Mapping[str, Any]) -> Iterator[Ensure]:
     )
 
 
+def _before_the_first_start(config: Artefact) -> Ensure:
+    """Docker reads what is wanted when it is installed; later, its file is an artefact."""
+    return Ensure(
+        f"{CONFIG} is there before Docker is",
+        test=f"[ -e {CONFIG} ] || command -v dockerd >/dev/null",
+        run=_FIRST.format(
+            folder=CONFIG.rpartition("/")[0],
+            config=CONFIG,
+            first=FIRST,
+            content=sh(config.content.decode()),
+        ),
+        before=True,
+    )
+
+
 def _ours_to_write(config: Artefact) -> Ensure:
     """Nobody else's daemon.json is overwritten, and nobody's containers are stopped by surprise."""
     digest = hashlib.sha256(config.content).hexdigest()
     return Ensure(
         f"{CONFIG} is ours to write",
-        test=_OURS.format(config=CONFIG, digest=digest),
+        test=_OURS.format(config=CONFIG, first=FIRST, digest=digest),
         run=_NOT_OURS.format(config=CONFIG),
         before=True,
     )
