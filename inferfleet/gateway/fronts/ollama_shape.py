@@ -36,16 +36,12 @@ class _Message(Struct):
     tool_calls: list[_Call] | None = None
 
 
-class _Logprobs(Struct):
-    content: Raw | None = None
-
-
 class _Choice(Struct):
     delta: _Message | None = None
     message: _Message | None = None
     text: str | None = None
     finish_reason: str | None = None
-    logprobs: _Logprobs | None = None
+    logprobs: Any = None
 
 
 class _Usage(Struct):
@@ -56,7 +52,7 @@ class _Usage(Struct):
 class _Chunk(Struct):
     choices: list[_Choice] | None = None
     usage: _Usage | None = None
-    error: Raw | None = None
+    error: Any = None
 
 
 class _Vector(Struct):
@@ -71,6 +67,11 @@ class _Vectors(Struct):
 
 _chunk = msgspec.json.Decoder(_Chunk).decode
 _vectors = msgspec.json.Decoder(_Vectors).decode
+
+
+def _tokens(choice: _Choice) -> Any:
+    """The probabilities of a chat's tokens, which have the same form on both sides."""
+    return choice.logprobs.get("content") if isinstance(choice.logprobs, dict) else None
 
 
 def error_line(message: str) -> bytes:
@@ -170,10 +171,10 @@ class Answer:
         line = self._head + stamp(now).encode() + self._open + _encode(text)
         if thought:
             line += b',"thinking":' + _encode(thought)
-        if choice.logprobs is None or choice.logprobs.content is None:
+        if not (tokens := _tokens(choice)):
             return line + self._close
         brace = b"" if self._generate else b"}"
-        return line + brace + b',"logprobs":' + bytes(choice.logprobs.content) + b',"done":false}\n'
+        return line + brace + b',"logprobs":' + _encode(tokens) + b',"done":false}\n'
 
     def _gather(self, parts: list[_Call]) -> None:
         """Calls come in pieces, and Ollama's clients expect them whole."""
@@ -232,8 +233,8 @@ class Answer:
             else {"message": {"role": "assistant", "content": text, **said}}
         )
         last = {"model": self._model, "created_at": stamp(now), **body}
-        if choice and choice.logprobs and choice.logprobs.content is not None:
-            last["logprobs"] = choice.logprobs.content
+        if choice and (tokens := _tokens(choice)):
+            last["logprobs"] = tokens
         last |= {"done": True, "done_reason": "length" if self._reason == "length" else "stop"}
         if self._turns is not None:
             turns = [*self._turns, ("assistant", "".join(self._said))]
