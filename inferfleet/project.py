@@ -8,12 +8,13 @@ from functools import cached_property
 from pathlib import Path
 
 from inferfleet import inventory as inventories
+from inferfleet import places
 from inferfleet import plan as plans
 from inferfleet.errors import SecretError, TransportError, UsageError
 from inferfleet.model import Bundle, Host, Inventory, Phase, Plan
 from inferfleet.render import Renderer, Reveal
 from inferfleet.roles import Library
-from inferfleet.secrets import Masked, Secrets
+from inferfleet.secrets import Masked, Secrets, Tolerant
 from inferfleet.transport import Options
 from inferfleet.yamlbuild import did_you_mean
 
@@ -88,9 +89,17 @@ class Project:
     def bundles(
         self, plan: Plan, hosts: Sequence[Host], secrets: Reveal | None = None
     ) -> list[Bundle]:
-        """What each host should have; secrets are masked unless they are given."""
-        renderer = Renderer(self.library, secrets) if secrets else self._masking
-        return [renderer.bundle(plan, host) for host in hosts]
+        """What each host should have; secrets are masked unless they are given.
+
+        Raises InventoryError when `secrets` cannot resolve some, with all of their places.
+        """
+        tolerant = Tolerant(secrets) if isinstance(secrets, Secrets) else None
+        reveal = tolerant or secrets
+        renderer = Renderer(self.library, reveal) if reveal else self._masking
+        bundles = [renderer.bundle(plan, host) for host in hosts]
+        if tolerant and tolerant.unresolved:
+            raise places.unresolved(self.folder, plan.phase, tolerant.unresolved)
+        return bundles
 
     def options(self) -> Options:
         """How to reach hosts: one's own SSH settings, and the host keys this project trusts."""

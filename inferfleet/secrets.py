@@ -38,23 +38,29 @@ class Masked:
 
 
 class Tolerant:
-    """`secrets` where they can be resolved, else the mask: enough to plan with."""
+    """`secrets` where they can be resolved, else the mask: enough to plan with.
+
+    `unresolved` tells why the others cannot be.
+    """
 
     def __init__(self, secrets: Secrets) -> None:
         self._secrets = secrets
+        self.unresolved: dict[Secret, str] = {}
 
     def resolve(self, secret: Secret) -> str:
         """The value or the mask."""
         try:
             return self._secrets.resolve(secret)
-        except SecretError:
+        except SecretError as error:
+            self.unresolved[secret] = str(error)
             return str(secret)
 
     def bytes_of(self, secret: Secret) -> bytes:
         """The value or the mask, UTF-8."""
         try:
             return self._secrets.bytes_of(secret)
-        except SecretError:
+        except SecretError as error:
+            self.unresolved[secret] = str(error)
             return str(secret).encode()
 
 

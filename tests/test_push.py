@@ -14,6 +14,13 @@ yield Ensure("before", "test -e $FAKE/touched", "touch $FAKE/touched", before=Tr
 yield Artefact("/etc/own.conf", b"own", restarts=("own.service",))
 yield Artefact("/etc/systemd/system/own.service", b"", restarts=("own.service",))
 """
+SECRETS = """\
+    type: object
+    description: Of a test.
+    properties:
+      key: {type: string, writeOnly: true, description: A key.}
+      more: {type: array, description: More., items: {type: string, writeOnly: true}}
+"""
 PUSH = ("provision", "--yes", "--skip-doctor", "--phase")
 
 
@@ -52,3 +59,36 @@ def test_a_new_phase_with_the_same_files_is_recorded_without_restarts(host):
     assert host.calls() == []
     assert host.snapshot(bundle()).phase == "q"
     assert localkit.run(host, *PUSH, "q").stdout.startswith("No changes")
+
+
+def test_all_secrets_that_cannot_be_resolved_are_told_with_their_places(tmp_path):
+    fleet = """\
+        hosts: {here: {connection: local, become: none}}
+        phases:
+          p:
+            users: 1
+            why: w
+            hosts: [here]
+            roles:
+              own:
+                hosts: [here]
+                key: !env LACKING_KEY
+                more: [!file no.key, !env GIVEN_KEY]
+          q: {users: 1, why: w, hosts: [here], roles: {own: {hosts: [here], key: !env LACKING_KEY}}}
+    """
+    role = """\
+        for number, key in enumerate((step.settings["key"], *step.settings["more"])):
+            yield render.copy(f"/etc/own/{number}", key, mode=0o600)
+    """
+    host = localkit.project(tmp_path, role, fleet, SECRETS)
+    failed = localkit.run(host, *PUSH, "p", code=1, GIVEN_KEY="sesame-open")
+    assert failed.stderr.splitlines() == [
+        "inventory/fleet.yml:10:14: phases.p.roles.own.key: "
+        "the environment variable LACKING_KEY is not set",
+        "inventory/fleet.yml:11:16: phases.p.roles.own.more[0]: "
+        "inventory/no.key cannot be read: no such file or directory",
+        "2 problems.",
+    ]
+    assert host.remembered() == set()
+    told = json.loads(localkit.run(host, *PUSH, "p", "--json", code=1).stdout)
+    assert [problem["line"] for problem in told["problems"]] == [10, 11, 11]
