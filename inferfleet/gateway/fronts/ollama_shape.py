@@ -300,7 +300,7 @@ class Vectors:
         vectors = [one.embedding for one in sorted(found.data, key=lambda one: one.index)]
         if self._one:
             return _encode({"embedding": vectors[0] if vectors else []})
-        answer = {"model": self._model, "embeddings": vectors}
+        answer: dict[str, Any] = {"model": self._model, "embeddings": vectors}
         answer |= {"total_duration": self._now() - self._began, "load_duration": 0}
         if found.usage and found.usage.prompt_tokens is not None:
             answer["prompt_eval_count"] = found.usage.prompt_tokens
