@@ -89,7 +89,8 @@ def build(inventory: Inventory, phase: Phase, library: Library, *, rehearse: boo
         phase, library, rehearse, frozenset(askers), inventory.deployments, claimed
     )  # fmt: skip
     hosts = tuple(inventory.hosts[name] for name in phase.hosts)
-    return Plan(phase, hosts, {h.name: tuple(builder.steps(h)) for h in hosts}, rehearse)
+    steps = {h.name: tuple(builder.steps(h)) for h in hosts}
+    return Plan(phase, hosts, steps, rehearse, inventory.folder)
 
 
 @dataclass(frozen=True, slots=True)

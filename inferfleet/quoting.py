@@ -6,6 +6,7 @@ else), so a forgotten filter is an error at render time, not a hole on a host.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -106,6 +107,12 @@ def bearer(value: object) -> Quoted:
     return Quoted(value)
 
 
+def key_digest(value: object) -> Quoted:
+    """The SHA-256 of an API key in hex, which tells nothing of a key of high entropy."""
+    key = bearer(value)
+    return key if isinstance(value, Mask) else Quoted(hashlib.sha256(key.encode()).hexdigest())
+
+
 def nginx_bearer(value: object) -> Quoted:
     """The source of a map entry that matches one key; as a plain string, case would not count."""
     key = bearer(value)
@@ -125,6 +132,11 @@ def nginx(value: object) -> Quoted:
 def json_value(value: object) -> Quoted:
     """Any JSON value on one line."""
     return Quoted(json.dumps(value, sort_keys=True, allow_nan=False))
+
+
+def json_lines(value: object) -> Quoted:
+    """Any JSON value over many lines, in its own order, so that people can read a diff."""
+    return Quoted(json.dumps(value, indent=2, allow_nan=False))
 
 
 def yaml_scalar(value: object) -> Quoted:
@@ -151,9 +163,11 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "unit_text": unit_text,
     "environment_file": environment_file,
     "bearer": bearer,
+    "key_digest": key_digest,
     "nginx_bearer": nginx_bearer,
     "nginx": nginx,
     "json": json_value,
+    "json_lines": json_lines,
     "yaml": yaml_scalar,
     "compose": compose,
 }

@@ -117,6 +117,7 @@ class RoleRender:
         /,
         *,
         mode: int = 0o644,
+        group: str = "root",
         validate: tuple[str, ...] = (),
         restarts: tuple[str, ...] = (),
         reloads: tuple[str, ...] = (),
@@ -126,7 +127,7 @@ class RoleRender:
         text = self.renderer.text(self.role, self.host, template, {"host": self.host, **values})
         secret = self.renderer.taint()
         return Artefact(
-            path, text.encode(), mode, "root", "root", secret, validate, restarts, reloads
+            path, text.encode(), mode, "root", group, secret, validate, restarts, reloads
         )
 
     def copy(
@@ -136,6 +137,7 @@ class RoleRender:
         /,
         *,
         mode: int = 0o644,
+        group: str = "root",
         restarts: tuple[str, ...] = (),
         reloads: tuple[str, ...] = (),
     ) -> Artefact:
@@ -144,7 +146,7 @@ class RoleRender:
             content = self.renderer.secrets.bytes_of(source)
         else:
             content = (self.role.folder / source).read_bytes()
-        return Artefact(path, content, mode, "root", "root", secret, (), restarts, reloads)
+        return Artefact(path, content, mode, "root", group, secret, (), restarts, reloads)
 
 
 def _finalize(value: object) -> object:
@@ -170,7 +172,8 @@ def _refuse_unsafe(wanted: Artefact, step: Step) -> None:
     who = f"{step.host.name}: {step.role}: {wanted.path}"
     if not _PATH.fullmatch(wanted.path) or ".." in wanted.path.split("/"):
         raise RenderError(f"{who}: a path must be absolute, without .. or control characters")
-    if wanted.secret and wanted.mode & 0o077:
+    others = 0o077 if wanted.group == "root" else 0o037  # a group of its own may read
+    if wanted.secret and wanted.mode & others:
         raise RenderError(f"{who}: holds a secret and has mode {wanted.mode:04o}: use 0600")
 
 

@@ -157,7 +157,7 @@ def test_no_answer_is_no(monkeypatch, capsys):
 def test_fine_is_zero(project):
     done = run(project, "check")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "inventory: fine (6 hosts, 3 models, 3 deployments, 3 phases).\n"
+    assert done.stdout == "inventory: fine (8 hosts, 3 models, 3 deployments, 3 phases).\n"
 
 
 def test_no_inventory_is_a_problem_that_says_what_to_do(tmp_path):
@@ -206,7 +206,7 @@ def test_an_anchors_bomb_ends_soon(tmp_path):
 
 def test_check_and_its_problems_as_json(tmp_path, project):
     fine = json.loads(run(project, "check", "--json").stdout)
-    assert (fine["ok"], fine["problems"], fine["hosts"]) == (True, [], 6)
+    assert (fine["ok"], fine["problems"], fine["hosts"]) == (True, [], 8)
     make.write(tmp_path, own=WRONG)
     done = run(tmp_path, "check", "--json")
     told = json.loads(done.stdout)
@@ -298,7 +298,7 @@ def test_an_engine_of_ones_own(project):
 
 
 def test_limit_takes_hosts_groups_and_globs(project):
-    for limit, hosts in (("lb-01,gpu-0[23]", 3), ("balancers", 2), ("*", 5)):
+    for limit, hosts in (("lb-01,gpu-0[23]", 3), ("balancers", 2), ("*", 7)):
         words = ["--phase", "production", "--limit", limit]
         done = run(project, "render", *words)
         assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ The readers are in `readers`; what they take a file to mean is compared with the
 nginx and compose here too.
 """
 
+import hashlib
 import json
 import os
 import socket
@@ -172,10 +173,22 @@ def test_a_key_or_a_word_is_bare_or_refused(value):
     "value", [" sesame", "ses ame", "sésame", "sesame;", '"sesame"', "=sesame"]
 )
 def test_a_refused_key_is_not_shown(value):
-    for quote in (quoting.bearer, quoting.nginx_bearer):
+    for quote in (quoting.bearer, quoting.nginx_bearer, quoting.key_digest):
         with pytest.raises(RenderError) as caught:
             quote(value)
         assert "same" not in str(caught.value)
+
+
+def test_of_a_key_its_digest_is_written_and_of_a_mask_the_mask():
+    assert quoting.key_digest("sesame") == hashlib.sha256(b"sesame").hexdigest()
+    assert quoting.key_digest(quoting.Mask("<secret env:KEY>")) == "<secret env:KEY>"
+
+
+def test_json_over_many_lines_is_read_back_in_its_order():
+    value = {"b": [1, {"a": "é\n"}], "a": None}
+    text = quoting.json_lines(value)
+    assert list(json.loads(text).items()) == list(value.items())
+    assert text.count("\n") == 8
 
 
 def test_a_nul_byte_cannot_be_passed_to_a_program():

@@ -15,7 +15,7 @@ from pathlib import Path
 import make
 import pytest
 
-from inferfleet import tree
+from inferfleet import tree, wheel
 from inferfleet.errors import RenderError
 from inferfleet.project import Project
 from inferfleet.secrets import Masked, Secrets
@@ -46,6 +46,7 @@ def write_for_review(folder, phase, rehearse):
     bundles = rendered(EXAMPLE, phase, rehearse=rehearse)
     tree.write(folder, bundles)
     sources = {path.read_bytes(): path for path in (ROOT / "roles").glob("*/*") if path.is_file()}
+    sources[wheel.gateway()] = ROOT / "inferfleet/wheel.py"
     index = (folder / tree.INDEX).read_text()
     for bundle in bundles:
         for artefact in bundle.artefacts:
@@ -159,7 +160,7 @@ def test_masks_name_the_reference(tmp_path):
     assert found["balancer/tls.key"] == b"<secret file:secrets/tls.key>"
 
 
-def test_values_go_to_0600_files_alone_and_nothing_else_differs(tmp_path):
+def test_values_go_to_closed_files_alone_and_nothing_else_differs(tmp_path):
     shutil.copytree(ROOT / "inventory", tmp_path / "inventory")
     (tmp_path / "inventory" / "secrets").mkdir(exist_ok=True)
     for name in ("tls.crt", "tls.key"):
@@ -171,9 +172,11 @@ def test_values_go_to_0600_files_alone_and_nothing_else_differs(tmp_path):
         for review, real in zip(masked, revealed, strict=True):
             assert review.ensures == real.ensures
             for shown, pushed in zip(review.artefacts, real.artefacts, strict=True):
-                assert not (pushed.secret and pushed.mode & 0o077)
+                assert not (pushed.secret and pushed.mode & 0o037)
+                assert not (pushed.secret and pushed.mode & 0o040 and pushed.group == "root")
                 assert (shown.content == pushed.content) == (not pushed.secret)
-                assert (b"sesame" in pushed.content) == pushed.secret
+                digests = pushed.path == "/etc/inferfleet/gateway/keys.json"
+                assert (b"sesame" in pushed.content) == (pushed.secret and not digests)
 
 
 # what roles may not do
@@ -246,6 +249,10 @@ def test_a_template_that_cannot_be_rendered_is_named_with_host_and_line(
         (
             ['yield render.copy("/etc/x", step.settings["key"], mode=0o640)'],
             "/etc/x: holds a secret and has mode 0640: use 0600",
+        ),
+        (
+            ['yield render.copy("/etc/x", step.settings["key"], mode=0o660, group="web")'],
+            "/etc/x: holds a secret and has mode 0660: use 0600",
         ),
     ],
 )

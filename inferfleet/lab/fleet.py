@@ -49,24 +49,30 @@ def names(count: int) -> list[str]:
     return [*servers, *(f"lb-{n:02}" for n in range(1, balancers + 1))]
 
 
-def make(folder: Path, hosts: Sequence[Made], key: Path) -> Path:
-    """Write the project to `folder`, replacing an earlier one; returns its inventory's folder."""
+def make(folder: Path, hosts: Sequence[Made], key: Path, wheels: Path | None = None) -> Path:
+    """Write the project to `folder`, replacing an earlier one; returns its inventory's folder.
+
+    Gateways come from a folder of `wheels`, as hosts made here reach no package index; without
+    one, the balancers stand before the engines.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     inventory = folder / "inventory"
     shutil.copytree(shipped("inventory"), inventory)
-    _write_hosts(inventory / "hosts.yml", hosts, key)
+    _write_hosts(inventory / "hosts.yml", hosts, key, bool(wheels))
     own = inventory / "secrets"
     own.mkdir(mode=0o700)
     for source in inventory.rglob("*.yml"):
         text = source.read_text(encoding="utf-8")
         text = _without_packages(_keys_from_files(text, own))
+        text = _with_wheels(text, wheels) if wheels else _without_gateways(text)
         source.write_text(text, encoding="utf-8")
     _make_certificate(own, [host.address for host in hosts])
     return inventory
 
 
-def _write_hosts(path: Path, hosts: Sequence[Made], key: Path) -> None:
+def _write_hosts(path: Path, hosts: Sequence[Made], key: Path, gateways: bool) -> None:
     """The example's own hosts give way, but for the workstation; the groups stay."""
+    shared = gateways and not any(host.name.startswith("gw") for host in hosts)
     text = path.read_text(encoding="utf-8")
     document = yaml.safe_load(text)
     document["groups"]["all"] = {"key": str(key)}
@@ -78,17 +84,21 @@ def _write_hosts(path: Path, hosts: Sequence[Made], key: Path) -> None:
             "user": host.user,
             "become": host.become,
             "host_keys": list(host.fingerprints),
-            "groups": _groups(host.name) + (["balancers"] if len(hosts) == 1 else []),
+            "groups": _groups(host.name, alone=len(hosts) == 1, shared=shared),
             **({"gpus": [{"model": "L40S", "count": 4}]} if "gpu" in host.name else {}),
         }
     header = text.splitlines()[0]
     path.write_text(header + "\n" + yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
 
 
-def _groups(name: str) -> list[str]:
+def _groups(name: str, *, alone: bool, shared: bool) -> list[str]:
+    """Gateways without hosts of their own share those of the balancers."""
+    before = ["balancers", "gateways"] if shared else ["balancers"]
     if name.startswith("lb"):
-        return ["balancers"]
-    return ["gpu-servers", "pilot"] if name == "gpu-01" else ["gpu-servers"]
+        return before
+    if name.startswith("gw"):
+        return ["gateways"]
+    return ["gpu-servers", *(["pilot"] if name == "gpu-01" else []), *(before if alone else [])]
 
 
 def _keys_from_files(text: str, folder: Path) -> str:
@@ -107,6 +117,16 @@ def _keys_from_files(text: str, folder: Path) -> str:
 def _without_packages(text: str) -> str:
     """Roles that install packages give way: hosts made here reach no package source."""
     return re.sub(rf"^ +({'|'.join(PACKAGED)}):.*\n( {{8,}}.*\n)*", "", text, flags=re.MULTILINE)
+
+
+def _with_wheels(text: str, wheels: Path) -> str:
+    return re.sub(r"^( +)gateway:.*\n", rf"\g<0>\1  wheels: {wheels}\n", text, flags=re.MULTILINE)
+
+
+def _without_gateways(text: str) -> str:
+    """The balancer, which stands right before the gateway in the file, gets its clients' keys."""
+    text = re.sub(r"^ +gateway:.*\n +hosts: \[gateways\]\n", "", text, flags=re.MULTILINE)
+    return text.replace("gateways, balancers]", "balancers]")
 
 
 def _make_certificate(folder: Path, addresses: Sequence[str]) -> None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import ceil
 
+from inferfleet import gateways
 from inferfleet.builders import VERIFY_UNIT, listens, package, running
 from inferfleet.model import Artefact, Ensure, Instance, Plan, Render, Secret, Step
 
@@ -31,10 +33,10 @@ ERRORS = (  # what nginx answers by itself: status, OpenAI's type of error, word
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """The instances of one deployment, and the paths under which clients reach them."""
+    """The instances of one deployment, or all gateways."""
 
     name: str
-    prefixes: tuple[str, ...]
+    paths: tuple[tuple[str, str], ...]  # of clients -> of the servers
     servers: tuple[str, ...]
     key: Secret | None
 
@@ -43,7 +45,8 @@ def artefacts(step: Step, plan: Plan, render: Render) -> Iterator[Artefact | Ens
     """Configuration, client keys, engine keys and certificate, each reloaded without a cut."""
     settings = step.settings
     yield package("nginx-light", "nginx")
-    found = pools(step, plan)
+    behind = gateways.gateways(plan)
+    found = [_before([each.public for each in behind])] if behind else pools(step, plan)
     yield render(
         f"{FOLDER}/nginx.conf",
         "nginx.conf.j2",
@@ -53,14 +56,11 @@ def artefacts(step: Step, plan: Plan, render: Render) -> Iterator[Artefact | Ens
         errors=ERRORS,
         settings=settings,
         tls="tls" in settings,
+        gateways=bool(behind),
+        read_timeout=max(settings["read_timeout"], *map(_patience, behind), 0),
     )
-    keys = sorted(settings["api_keys"].items())
-    yield render(
-        f"{FOLDER}/clients.conf", "clients.conf.j2", mode=0o600, reloads=(UNIT,), keys=keys
-    )
-    for pool in found:
-        path = f"{FOLDER}/engine-{pool.name}.conf"
-        yield render(path, "engine.conf.j2", mode=0o600, reloads=(UNIT,), key=pool.key)
+    if not behind:
+        yield from _keys(step, found, render)
     if tls := settings.get("tls"):
         yield render.copy(f"{FOLDER}/tls.crt", tls["certificate"], mode=0o600, reloads=(UNIT,))
         yield render.copy(f"{FOLDER}/tls.key", tls["key"], mode=0o600, reloads=(UNIT,))
@@ -77,8 +77,32 @@ def artefacts(step: Step, plan: Plan, render: Render) -> Iterator[Artefact | Ens
     yield listens(UNIT, settings["port"])
 
 
+def _patience(gateway: gateways.Gateway) -> int:
+    """Seconds until a gateway itself has given up, and says so."""
+    waits: float = gateway.settings["timeouts"]["whole"] + gateway.settings["queue"]["timeout"]
+    return ceil(waits)
+
+
+def _keys(step: Step, found: list[Pool], render: Render) -> Iterator[Artefact]:
+    """Those of clients, and those of the engines, in files that only root reads."""
+    keys = sorted(step.settings["api_keys"].items())
+    yield render(
+        f"{FOLDER}/clients.conf", "clients.conf.j2", mode=0o600, reloads=(UNIT,), keys=keys
+    )
+    for pool in found:
+        path = f"{FOLDER}/engine-{pool.name}.conf"
+        yield render(path, "engine.conf.j2", mode=0o600, reloads=(UNIT,), key=pool.key)
+
+
 def check(step: Step, plan: Plan) -> Iterator[tuple[str, str]]:
-    """There is something to balance, and every name in `deployments` is part of the phase."""
+    """There is something to balance, and keys are asked for in one place."""
+    if gateways.gateways(plan):
+        for option in ("api_keys", "deployments"):
+            if option in step.settings:
+                yield option, "the phase has gateways, and the balancer passes all on: set it there"
+        return
+    if "api_keys" not in step.settings:
+        yield "hosts", "'api_keys' is missing: without gateways, the balancer asks for keys"
     named = step.settings.get("deployments", ())
     for unknown in [name for name in named if name not in plan.phase.deployments]:
         known = ", ".join(plan.phase.deployments) or "none"
@@ -92,6 +116,11 @@ def ports(step: Step) -> Iterable[int]:
     return [step.settings["port"]]
 
 
+def _before(servers: list[str]) -> Pool:
+    """All gateways, with OpenAI's API and Ollama's."""
+    return Pool("gateways", (("/v1/", "/v1/"), ("/api/", "/api/")), tuple(servers), None)
+
+
 def pools(step: Step, plan: Plan) -> list[Pool]:
     """A pool for each deployment, in the phase's order.
 
@@ -103,7 +132,7 @@ def pools(step: Step, plan: Plan) -> list[Pool]:
     return [
         Pool(
             name=name,
-            prefixes=("/v1/", f"/{name}/v1/") if alone else (f"/{name}/v1/",),
+            paths=tuple((p, "/v1/") for p in ("/v1/", f"/{name}/v1/") if alone or name in p),
             servers=tuple(instance.endpoint for instance in instances),
             key=instances[0].deployment.api_key,
         )
