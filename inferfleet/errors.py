@@ -7,6 +7,7 @@
     ├── SecretError                  a reference that cannot be resolved
     └── HostError(host)              one host; its siblings go on
         ├── TransportError           it could not be reached, or refused us
+        │   └── PasswordError        sudo asks for a password, and there is none
         └── ApplyError               it was reached, and a step failed there
 
 A bug is none of these and keeps its traceback. Only `inferfleet.cli` turns errors into exit codes.
@@ -73,6 +74,10 @@ class HostError(Error):
 
 class TransportError(HostError):
     """The host could not be reached, or did not let us in; nothing was changed there."""
+
+
+class PasswordError(TransportError):
+    """sudo asks for a password, and the inventory has none; somebody may be asked for it."""
 
 
 class ApplyError(HostError):

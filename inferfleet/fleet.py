@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from rich.console import Console
 
 from inferfleet import outlook, outlook_lines, push, report
-from inferfleet.errors import HostError
+from inferfleet.errors import HostError, PasswordError
 from inferfleet.facts.doctor import diagnose_surveyed, failing
-from inferfleet.model import Finding, Host, Plan, Result
+from inferfleet.model import Bundle, Finding, Host, Plan, Result
 from inferfleet.project import Project
 from inferfleet.push import Surveyed
 from inferfleet.render import Reveal
 from inferfleet.secrets import scrub
+from inferfleet.transport import Options
 
 
 @dataclass
@@ -132,13 +133,23 @@ def _finished(futures: Collection[Future[Any]], out: Console) -> bool:
     return True
 
 
-def survey(project: Project, plan: Plan, hosts: Sequence[Host], secrets: Reveal) -> Fleet:
-    """Ask every host what it has, in parallel; the fleet is in the plan's order."""
-    bundles = project.bundles(plan, hosts, secrets)
-    options, fleet = project.options(), Fleet(project, plan)
-    found: dict[str, Surveyed | HostError] = {}
-    for bundle, outcome in push.each(bundles, lambda bundle: push.survey(bundle, options)):
-        found[bundle.host.name] = outcome
+def survey(
+    project: Project,
+    plan: Plan,
+    hosts: Sequence[Host],
+    secrets: Reveal,
+    ask: Callable[[Sequence[str]], str] | None = None,
+) -> Fleet:
+    """Ask every host what it has, in parallel; the fleet is in the plan's order.
+
+    `ask` is given the names of hosts whose sudo wants a password that the inventory has not, and
+    gives one for them all; it is called once at most.
+    """
+    bundles, options = project.bundles(plan, hosts, secrets), project.options()
+    fleet, found = Fleet(project, plan), _surveyed(bundles, options)
+    lacking = [b for b in bundles if isinstance(found[b.host.name], PasswordError)]
+    if lacking and ask and (password := ask([bundle.host.name for bundle in lacking])):
+        found |= _surveyed(lacking, replace(options, become_password=lambda _: password))
     for host in hosts:
         outcome = found[host.name]
         if isinstance(outcome, HostError):
@@ -146,6 +157,11 @@ def survey(project: Project, plan: Plan, hosts: Sequence[Host], secrets: Reveal)
         else:
             fleet.surveyed.append(outcome)
     return fleet
+
+
+def _surveyed(bundles: Sequence[Bundle], options: Options) -> dict[str, Surveyed | HostError]:
+    outcomes = push.each(bundles, lambda bundle: push.survey(bundle, options))
+    return {bundle.host.name: outcome for bundle, outcome in outcomes}
 
 
 def expected(project: Project, plan: Plan) -> tuple[list[str], dict[str, list[dict[str, Any]]]]:

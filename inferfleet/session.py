@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
-from inferfleet.errors import TransportError
+from inferfleet.errors import PasswordError, TransportError
 from inferfleet.sudo import Sudo
 
 KEPT_ERRORS = 64 * 1024  # bytes of stderr
@@ -214,7 +214,8 @@ class Piped:
     def _failure(self, otherwise: str) -> TransportError:
         self._settle()
         if self._sudo and self._sudo.refusal and not self._pipe.lost():
-            return TransportError(self._host, self._sudo.refusal)
+            kind = PasswordError if self._sudo.lacks_password else TransportError
+            return kind(self._host, self._sudo.refusal)
         if lost := self._pipe.lost():
             return TransportError(self._host, f"connection lost: {lost}")
         return TransportError(self._host, "\n".join([otherwise, *self.errors.splitlines()[-5:]]))

@@ -7,6 +7,11 @@ import shlex
 import threading
 from collections.abc import Callable
 
+WANTED = (
+    "sudo asks for {user}'s password: set become_password for the host, "
+    "or allow NOPASSWD in sudoers"
+)
+
 
 class Sudo:
     """What sudo says on stderr until it runs the command, which then begins with our mark.
@@ -58,6 +63,11 @@ class Sudo:
         self.refusal = self.refusal or why
         self.decided.set()
 
+    @property
+    def lacks_password(self) -> bool:
+        """Whether it refused only because it was given no password."""
+        return self.refusal == WANTED.format(user=self.user)
+
     def over(self) -> None:
         """stderr has ended; without the mark, sudo did not let us in."""
         if not self._passed:
@@ -69,10 +79,8 @@ def explain(said: str, user: str) -> str:
     reasons = {
         "incorrect password": f"sudo refused the password of {user}",
         "try again": f"sudo refused the password of {user}",
-        "password is required": f"sudo asks for {user}'s password: set become_password for the "
-        "host, or allow NOPASSWD in sudoers",
-        "terminal is required": f"sudo asks for {user}'s password: set become_password for the "
-        "host, or allow NOPASSWD in sudoers",
+        "password is required": WANTED.format(user=user),
+        "terminal is required": WANTED.format(user=user),
         "sudoers file": f"sudo does not know {user}: add a rule for it to sudoers",
         "not allowed": f"sudo does not allow {user} to run sh as root: add a rule to sudoers",
         "may not run sudo": f"sudo does not allow {user} to run sh as root: add a rule to sudoers",

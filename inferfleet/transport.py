@@ -139,8 +139,7 @@ class Base:
 
     def sudo(self, user: str) -> Sudo:
         """Sudo for one command, with the password if the host has one."""
-        wanted = self.host.become_password is not None
-        return Sudo(user, self.options.become_password(self.host) if wanted else None)
+        return Sudo(user, self.options.become_password(self.host))
 
     def __enter__(self) -> Self:
         return self

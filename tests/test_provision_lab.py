@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import pty
 import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from xml.etree import ElementTree
 
 import pytest
-from fleetkit import Fleet, Watch, said, tree, units, until
+from fleetkit import TOOL, Fleet, Watch, said, tree, units, until
 
 from inferfleet.model import Result
 
@@ -330,3 +334,49 @@ def test_results_in_this_process_say_the_same(production):
     outcomes = production.push()
     assert all(isinstance(outcome, Result) for outcome in outcomes.values())
     assert {(r.status, r.round_trips) for r in outcomes.values()} == {("unchanged", 1)}
+
+
+# A password for sudo that the inventory lacks
+
+
+def at_a_terminal(fleet: Fleet, typed: bytes, *words: str) -> tuple[int, str]:
+    """The tool, run by somebody who answers a question for a password: exit code, and all shown."""
+    ours, terminal = pty.openpty()
+    argv = [str(TOOL), *words, "--inventory", str(fleet.inventory), "--phase", "production"]
+    with subprocess.Popen(
+        ["setsid", "--ctty", "--wait", *argv, "--rehearse"],
+        cwd=fleet.folder,
+        env={**os.environ, "HOME": str(fleet.folder / "home")},
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+    ) as process:
+        os.close(terminal)
+        shown = b""
+        with suppress(OSError):  # so the end of a terminal is told
+            while data := os.read(ours, 1 << 16):
+                shown += data
+                if data.rstrip().endswith(b"sudo password for gpu-01, lb-01:"):
+                    os.write(ours, typed + b"\n")
+    os.close(ours)
+    return process.returncode, shown.decode()
+
+
+@pytest.mark.parametrize(
+    ("typed", "code", "said"),
+    [(b"lab", 0, "No changes: 3 hosts"), (b"wrong", 1, "sudo refused the password of asked")],
+)
+def test_somebody_at_a_terminal_is_asked_for_sudos_password_once(production, typed, code, said):
+    for host in ("gpu-01", "lb-01"):
+        production.set_host(host, user="asked")
+    ended, shown = at_a_terminal(production, typed, "provision", "--yes")
+    assert (ended, shown.count("sudo password")) == (code, 1), shown
+    assert said in shown
+    assert typed.decode() not in shown.split("lb-01: ")[1].splitlines()[0], "it is not echoed"
+
+
+def test_nobody_is_asked_for_json(production):
+    production.set_host("gpu-01", user="asked")
+    ended, shown = at_a_terminal(production, b"lab", "provision", "--yes", "--json")
+    assert (ended, "sudo password" in shown) == (1, False)
+    assert "set become_password" in json.loads(shown)["hosts"]["gpu-01"]["error"]

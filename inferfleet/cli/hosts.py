@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,7 +132,8 @@ def provision(
     hosts = project.chosen(wanted, limit)
     warn(project, quiet=json)
     lines, capacity = fleet.expected(project, wanted)
-    with fleet.survey(project, wanted, hosts, project.secrets) as found:
+    ask = None if json or not sys.stdin.isatty() else _password
+    with fleet.survey(project, wanted, hosts, project.secrets, ask) as found:
         found.refuse()
         if not skip_doctor:
             found.examine()
@@ -149,6 +152,15 @@ def provision(
     if found.interrupted:
         return INTERRUPTED
     return PROBLEMS if any(result.status == "failed" for result in found.results) else FINE
+
+
+def _password(hosts: Sequence[str]) -> str:
+    """sudo's password for hosts, as somebody types it unseen; "" without an answer."""
+    more = f" and {len(hosts) - 3} more" if len(hosts) > 3 else ""
+    try:
+        return getpass.getpass(f"sudo password for {', '.join(hosts[:3])}{more}: ")
+    except EOFError:
+        return ""
 
 
 def _show(found: Fleet, lines: list[str], *, diffs: bool) -> None:
