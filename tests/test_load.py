@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from hypothesis import strategies as st
 from invoke.context import Context
 from invoke.exceptions import Exit
 
+from inferfleet import model
 from inferfleet.cli import namespace
 from inferfleet.errors import Error, UsageError
 from inferfleet.load import bench, compare, page, plot, saved, steps, target
@@ -153,17 +155,22 @@ def test_a_shared_beginning_is_the_same_in_all_and_across_runs():
     assert one.split()[40] != other.split()[40]
 
 
-@given(st.integers(16, 4000), st.integers(16, 4000), st.floats(0.7, 3), st.integers(0, 200))
+@given(st.integers(16, 4000), st.integers(64, 4000), st.floats(0.7, 3), st.integers(0, 200))
 def test_prompts_are_fitted_to_the_wanted_length(wanted, words, each, template):
     """Whatever the tokens of a word, and those that the template adds."""
     workload = Workload(prompt_tokens=wanted, words=words)
-    full, half = (round(each * w + template) for w in (words, words // 2))
-    fitted = workload.calibrated(full, half)
-    exact = (full - half) / (words - words // 2)
+    counts = [(w, round(each * w + template)) for w in (words // 4, words // 8)]
+    fitted = workload.calibrated(*counts)
+    made = counts[0][1] + each * (fitted.words - words // 4)  # by the true length of a word
+    off = abs(fitted.words - words // 4) / (words // 4 - words // 8)  # of a rounded count
     if fitted.words > 1:
-        assert abs(full + exact * (fitted.words - words) - wanted) <= exact
+        assert abs(made - wanted) <= each + off + 1
     assert fitted.words >= 1
-    assert workload.calibrated(None, half) == workload.calibrated(40, 40) == workload
+
+
+@pytest.mark.parametrize("least", [None, 40])
+def test_prompts_keep_their_words_where_counts_say_nothing(least):
+    assert WORK.calibrated((16, 40), (8, least)) == WORK
 
 
 # streams
@@ -543,6 +550,21 @@ def test_of_several_deployments_each_has_its_path(fleet):
         target.of_phase(fleet, fleet.plan("two"), "", "", "")
     with pytest.raises(UsageError, match="did you mean large"):
         target.of_phase(fleet, fleet.plan("two"), "larg", "", "")
+
+
+def test_a_gateway_holds_the_keys_and_knows_every_model(fleet):
+    plan = fleet.plan("two")
+    own = {
+        "port": 8080,
+        "api_keys": {"web": {"key": model.Secret("env", "WEB_KEY"), "concurrency": 4}},
+    }
+    more = model.Step(plan.hosts[1], "gateway", settings=own)
+    plan = dataclasses.replace(plan, steps={**plan.steps, "gpu": (*plan.steps["gpu"], more)})
+    found = target.of_phase(fleet, plan, "other-name", "web", "")
+    assert (found.url, found.model) == ("https://192.0.2.1:443", "other-name")
+    assert (found.user, found.key) == ("web", "web-value")
+    with pytest.raises(UsageError, match="it has web$"):
+        target.of_phase(fleet, plan, "large", "team", "")
 
 
 def test_what_a_phase_has_not_is_told(fleet):

@@ -19,7 +19,7 @@ import uvloop
 from inferfleet.load.client import Client
 from inferfleet.load.statistics import Round
 from inferfleet.load.target import Target
-from inferfleet.load.workload import Method, Prompts
+from inferfleet.load.workload import Method, Prompts, Workload
 
 _WARM = 2  # tokens of a warm-up's answer
 _TICK = 0.05  # seconds between looks at our own lateness
@@ -64,13 +64,23 @@ async def _measure(targets: Sequence[Target], method: Method, watch: Watch) -> R
 
 async def _prepare(run: Run, clients: Sequence[Client]) -> None:
     """Every target answers, and the prompts have their length by the first one's count."""
-    wanted = run.method.workload
-    prompts = Prompts(wanted, _name())
-    probes = [await (await client.named()).probe(prompts, wanted) for client in clients]
-    half = await clients[0].probe(Prompts(wanted.shorter(), _name()), wanted)
-    fitted = wanted.calibrated(probes[0].prompt_tokens, half.prompt_tokens)
-    run.method = replace(run.method, workload=fitted)
+    for client in clients:
+        await client.named()
     run.targets = tuple(client.target for client in clients)
+    fitted = await _fitted(clients[0], run.method.workload)
+    prompts = Prompts(fitted, _name())
+    for client in clients:
+        await client.probe(prompts, fitted)
+    run.method = replace(run.method, workload=fitted)
+
+
+async def _fitted(client: Client, wanted: Workload) -> Workload:
+    """Two short prompts tell how many tokens a word has; a long one might not fit yet."""
+    counts = []
+    for part in (wanted.part(4), wanted.part(8)):
+        sample = await client.probe(Prompts(part, _name()), part)
+        counts.append((part.words, sample.prompt_tokens))
+    return wanted.calibrated(*counts)
 
 
 async def _all(run: Run, clients: Sequence[Client], watch: Watch) -> None:

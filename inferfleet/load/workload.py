@@ -29,21 +29,21 @@ class Workload:
     ignore_eos: bool = False  # vLLM's own field: the answer always has its full length
     words: int = 512
 
-    def shorter(self) -> Workload:
-        """Half the words."""
-        return replace(self, words=self.words // 2)
+    def part(self, share: int) -> Workload:
+        """One in `share` of the words."""
+        return replace(self, words=max(1, self.words // share))
 
-    def calibrated(self, full: int | None, half: int | None) -> Workload:
-        """The words for the wanted length, when these made `full` tokens, and half of them `half`.
+    def calibrated(self, first: tuple[int, int | None], second: tuple[int, int | None]) -> Workload:
+        """The words for the wanted length, by two (words, tokens) that the server counted.
 
         Length is linear in words; what the chat template adds stays as it is. No tokenizer makes
         less than half a token of a word: a count that says so left out what was cached.
         """
-        if full is None or half is None or full - half < self.words / 4:
+        (many, most), (few, least) = first, second
+        if most is None or least is None or many <= few or most - least < (many - few) / 2:
             return self
-        each = (full - half) / (self.words - self.words // 2)
-        words = round(self.words + (self.prompt_tokens - full) / each)
-        return replace(self, words=max(1, words))
+        each = (most - least) / (many - few)
+        return replace(self, words=max(1, round(many + (self.prompt_tokens - most) / each)))
 
 
 @dataclass(frozen=True, slots=True)
