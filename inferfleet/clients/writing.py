@@ -16,6 +16,8 @@ from typing import Any
 from inferfleet.clients.access import Configuration
 from inferfleet.errors import Error
 
+_INSTEAD = "without --write, the command prints what belongs into it"
+
 
 def write(path: Path, made: Configuration) -> str:
     """Bring a file up to date; returns what was done to it. Raises Error rather than harm it."""
@@ -36,13 +38,13 @@ def _joined(path: Path, there: str, made: Configuration) -> str:
     if not there.strip():
         return made.text
     if not made.merge:
-        raise Error(f"{path}: is there already, and is not ours to change; what it lacks is above")
+        raise Error(f"{path}: is there already, and is not ours to change; {_INSTEAD}")
     try:
         found = json.loads(there, object_pairs_hook=_once)
         joined = _MERGES[made.merge](found, json.loads(made.text))
     except (ValueError, TypeError, AttributeError) as error:
         raise Error(
-            f"{path}: cannot be changed without loss ({error}); what it lacks is above"
+            f"{path}: cannot be changed without loss ({error}); {_INSTEAD}"
         ) from error
     indent = "\t" if "\n\t" in there else 2
     return json.dumps(joined, indent=indent, ensure_ascii=False) + "\n"
