@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
@@ -26,11 +27,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from invoke.context import Context
 from invoke.exceptions import Exit
+from rich.console import Console
 
 from inferfleet import model
 from inferfleet.cli import namespace
 from inferfleet.errors import Error, UsageError
-from inferfleet.load import bench, compare, page, plot, saved, steps, target
+from inferfleet.load import bench, compare, page, plot, report, saved, steps, target
 from inferfleet.load.client import Client
 from inferfleet.load.outcome import outcome, side
 from inferfleet.load.statistics import (
@@ -493,6 +495,16 @@ def test_an_axis_ends_above_its_values_at_a_round_number(value):
     assert float(f"{end:.0e}") == pytest.approx(end)
 
 
+def test_a_terminal_sees_how_far_it_is_and_a_file_nothing():
+    found = Round(0, 4, 100.0, samples=[Sample(0, 1, [1], 1), Sample(0, 1, error="cut")])
+    for terminal, said in ((True, "little at 4: 1 answer, 1 failed, 15 s left"), (False, "")):
+        out = Console(file=io.StringIO(), force_terminal=terminal, width=100)
+        with report.Progress(out, [Target("little", "http://x")], Method()) as progress:
+            progress.show(found, 105.0)
+        assert said in out.file.getvalue()
+        assert bool(out.file.getvalue()) == terminal
+
+
 # targets
 
 FLEET = """\
@@ -563,7 +575,7 @@ def test_a_gateway_holds_the_keys_and_knows_every_model(fleet):
     found = target.of_phase(fleet, plan, "other-name", "web", "")
     assert (found.url, found.model) == ("https://192.0.2.1:443", "other-name")
     assert (found.user, found.key) == ("web", "web-value")
-    with pytest.raises(UsageError, match="it has web$"):
+    with pytest.raises(UsageError, match=r"it has web$"):
         target.of_phase(fleet, plan, "large", "team", "")
 
 

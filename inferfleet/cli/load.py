@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from invoke.context import Context
 
 from inferfleet.cli.command import (
@@ -82,21 +80,16 @@ def bench(
 
     if bool(phase) == bool(url):
         raise UsageError("say either --phase or --url")
-    if against and before:
-        raise UsageError("--against and --before exclude each other")
     places = [load.Place(phase or url, model, api, key, user, ca)]
     if against:
-        second = load.Place(against, against_model, against_api, against_key, against_user, ca)
-        places.append(second)
+        other = against_model, against_api, against_key, against_user
+        places.append(load.Place(against, *other, ca))
     asked = load.method(
         concurrency, seconds, requests, repeats, timeout,
         load.workload(prompt_tokens, output_tokens, shared_prefix, ignore_eos=ignore_eos),
         compared=bool(against or before),
     )  # fmt: skip
-    load.limited(places, asked)
-    earlier = load.loaded(before)
-    targets = [place.target(Path(inventory), rehearse=rehearse) for place in places]
-    found = load.run(targets, asked, earlier, quiet=json)
+    found = load.run(places, asked, inventory, before, rehearse=rehearse, quiet=json)
     load.show(found, html, svg, as_json=json)
     if found.interrupted:
         return INTERRUPTED

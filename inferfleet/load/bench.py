@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
@@ -18,6 +19,9 @@ from inferfleet.load.workload import PATHS, Api, Method, Workload
 from inferfleet.project import Project
 from inferfleet.report import as_json as print_json
 from inferfleet.report import console
+
+if TYPE_CHECKING:
+    from inferfleet.load.steps import Run
 
 MOST = 256  # requests at once that a phase is put under; a URL takes what it is given
 REPEATS = 3  # where two are compared; see `compare.ENOUGH`
@@ -91,26 +95,35 @@ def method(
 
 
 def run(
-    targets: list[Target], asked: Method, before: tuple[Method, Side] | None, *, quiet: bool
+    places: list[Place], asked: Method, inventory: str, before: str, *, rehearse: bool, quiet: bool
 ) -> Outcome:
     """Say what will be done, do it, and sum up. Raises Error when a target does not answer."""
+    if before and len(places) > 1:
+        raise UsageError("--against and --before exclude each other")
+    _limited(places, asked)
+    earlier = _loaded(before)
+    targets = [place.target(Path(inventory), rehearse=rehearse) for place in places]
+    measured = _measured(targets, asked, quiet=quiet)
+    sides = [side(target, n, measured.rounds) for n, target in enumerate(measured.targets)]
+    return outcome(
+        measured.method,
+        [*([earlier[1]] if earlier else []), *sides],
+        interrupted=measured.interrupted,
+        before=earlier[0] if earlier else None,
+    )
+
+
+def _measured(targets: list[Target], asked: Method, *, quiet: bool) -> Run:
     out = console(stderr=True)
     out.quiet = quiet
     steps = _steps()
     for line in report.intent(targets, asked):
         out.print(escape(line))
     with report.Progress(out, targets, asked) as progress:
-        measured = steps.measure(
+        found: Run = steps.measure(
             targets, asked, lambda shown: progress.show(shown, time.perf_counter())
         )
-    sides = [side(target, n, measured.rounds) for n, target in enumerate(measured.targets)]
-    earlier = [] if before is None else [before[1]]
-    return outcome(
-        measured.method,
-        [*earlier, *sides],
-        interrupted=measured.interrupted,
-        before=before[0] if before else None,
-    )
+    return found
 
 
 def _steps() -> ModuleType:
@@ -125,7 +138,7 @@ def _steps() -> ModuleType:
     return steps
 
 
-def limited(places: list[Place], asked: Method) -> None:
+def _limited(places: list[Place], asked: Method) -> None:
     """A phase serves people. Raises UsageError above the cap."""
     phases = [place.where for place in places if not place.is_url]
     if phases and max(asked.concurrency) > MOST:
@@ -154,7 +167,7 @@ def fine(found: Outcome) -> bool:
     )
 
 
-def loaded(path: str) -> tuple[Method, Side] | None:
+def _loaded(path: str) -> tuple[Method, Side] | None:
     """The saved run at `path`, if one is named. Raises UsageError, OSError."""
     if not path:
         return None

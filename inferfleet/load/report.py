@@ -37,7 +37,11 @@ def intent(targets: Sequence[Target], method: Method) -> Iterator[str]:
     )
     if not method.requests:
         rounds = len(targets) * len(method.concurrency) * method.repeats
-        yield f"about {rounds * method.seconds / 60:.1f} minutes, and what the last answers take"
+        yield f"about {_lasting(rounds * method.seconds)}, and what the last answers take"
+
+
+def _lasting(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
 
 
 class Progress:
