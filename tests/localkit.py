@@ -40,9 +40,11 @@ def project(folder: Path, role: str, fleet: str = FLEET, schema: str = SCHEMA) -
     return FolderHost(folder / "root", folder / "fake")
 
 
-def start(host: FolderHost, *words: str, **environment: str) -> subprocess.Popen[str]:
-    """The command in the host's project."""
-    pipe = subprocess.PIPE
+def start(
+    host: FolderHost, *words: str, terminal: int | None = None, **environment: str
+) -> subprocess.Popen[str]:
+    """The command in the host's project; what it prints goes to pipes or to the terminal."""
+    pipe = subprocess.PIPE if terminal is None else terminal
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-m", "inferfleet", *words],
         cwd=host.root.parent,

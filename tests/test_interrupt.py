@@ -15,7 +15,7 @@ from localkit import until
 
 ROLE = """\
 run = "touch $FAKE/begun; until [ -e $FAKE/gate ]; do sleep 0.02; done; touch $FAKE/ended"
-yield Ensure("the gate opens", "test -e $FAKE/ended", run)
+yield Ensure("the gate opens", "test -e $FAKE/ended", run, timeout=20)
 """
 
 

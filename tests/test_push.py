@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+from contextlib import suppress
 from pathlib import Path
 
 import localkit
@@ -92,3 +95,27 @@ def test_all_secrets_that_cannot_be_resolved_are_told_with_their_places(tmp_path
     assert host.remembered() == set()
     told = json.loads(localkit.run(host, *PUSH, "p", "--json", code=1).stdout)
     assert [problem["line"] for problem in told["problems"]] == [10, 11, 11]
+
+
+def test_a_terminal_shows_live_what_a_command_prints_and_masks_secrets(tmp_path):
+    """The command ends once its line has been shown."""
+    fleet = localkit.FLEET.replace("{own: {hosts", "{own: {key: !env OPEN_KEY, hosts")
+    role = """\
+        yield render.copy("/etc/own/key", step.settings["key"], mode=0o600)
+        run = "echo key is $(cat $INFERFLEET_ROOT/etc/own/key); "
+        run += "until [ -e $FAKE/gate ]; do sleep 0.02; done; touch $FAKE/ended"
+        yield Ensure("the gate opens", "test -e $FAKE/ended", run, timeout=20)
+    """
+    host = localkit.project(tmp_path, role, fleet, SECRETS)
+    ours, terminal = pty.openpty()
+    with localkit.start(host, *PUSH, "p", terminal=terminal, OPEN_KEY="sesame-open") as process:
+        os.close(terminal)
+        shown = b""
+        with suppress(OSError):  # so the end of a terminal is told
+            while data := os.read(ours, 1 << 16):
+                shown += data
+                if b"here  the gate opens: key is <secret env:OPEN_KEY>" in shown:
+                    (host.fake / "gate").touch()
+    os.close(ours)
+    assert process.returncode == 0, shown
+    assert b"sesame" not in shown

@@ -38,7 +38,7 @@ case $(uname -m) in
 esac
 archive=$(mktemp --suffix=.tar.zst)
 trap 'rm -f "$archive"' EXIT
-curl --fail --silent --show-error --location --output "$archive" \\
+curl --fail --location --output "$archive" \\
   {source}/ollama-linux-$machine.tar.zst
 {checked}rm -rf /usr/local/lib/ollama
 tar --zstd -xf "$archive" -C /usr/local
