@@ -577,6 +577,14 @@ def test_what_would_be_damaged_is_left_alone(tmp_path, client, there):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("client", ["vscode", "continue"])
+def test_an_empty_file_is_as_good_as_none(tmp_path, client):
+    path = tmp_path / "file"
+    path.write_text("\n")
+    assert writing.write(path, made(client)).startswith("brought up to date")
+    assert path.read_text() == made(client).text
+
+
 def test_a_link_stays_a_link(tmp_path):
     (tmp_path / "real.json").write_text("[]")
     (tmp_path / "link.json").symlink_to("real.json")

@@ -28,7 +28,7 @@ def write(path: Path, made: Configuration) -> str:
         return "written"
     there = path.read_text(encoding="utf-8", errors="surrogateescape")
     wanted = made.text if there == made.text else _joined(path, there, made)
-    if wanted == there or (made.merge and json.loads(wanted) == json.loads(there)):
+    if wanted == there or _says_the_same(made, wanted, there):
         return "as it was"
     _replace(path, wanted, path.stat().st_mode & 0o777)
     return "brought up to date; its other entries are as they were"
@@ -43,11 +43,14 @@ def _joined(path: Path, there: str, made: Configuration) -> str:
         found = json.loads(there, object_pairs_hook=_once)
         joined = _MERGES[made.merge](found, json.loads(made.text))
     except (ValueError, TypeError, AttributeError) as error:
-        raise Error(
-            f"{path}: cannot be changed without loss ({error}); {_INSTEAD}"
-        ) from error
+        raise Error(f"{path}: cannot be changed without loss ({error}); {_INSTEAD}") from error
     indent = "\t" if "\n\t" in there else 2
     return json.dumps(joined, indent=indent, ensure_ascii=False) + "\n"
+
+
+def _says_the_same(made: Configuration, wanted: str, there: str) -> bool:
+    """Whether only white space differs: nobody's own formatting is undone for that."""
+    return bool(made.merge and there.strip()) and json.loads(wanted) == json.loads(there)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
