@@ -38,9 +38,15 @@ class Target:
     process: Running | None
     engine: Engine
 
-    def cpu(self) -> float:
-        """Seconds of CPU used by it so far."""
-        return self.process.cpu() if self.process else 0.0
+    def load(self, wanted: Load) -> tuple[dict[str, Any], Figures]:
+        """What the load generator found; CPU `used` (s) and `waited` for (% of both)."""
+        before = self._cpu()
+        found = load(self.port, KEY, wanted)
+        used, waited = (now - then for now, then in zip(self._cpu(), before, strict=True))
+        return found, {"used": used, "waited": 100 * waited / max(1e-9, used + waited)}
+
+    def _cpu(self) -> tuple[float, float]:
+        return self.process.cpu() if self.process else (0.0, 0.0)
 
 
 def body(system: str = SYSTEM, question: str = QUESTION, stream: bool = False) -> bytes:
@@ -64,16 +70,15 @@ def bodies(folder: Path) -> dict[str, Path]:
 def requests(target: Target, files: dict[str, Path], seconds: float) -> Figures:
     """Small plain answers: 32 clients, then one."""
     load(target.port, KEY, Load(files["small"], 32, min(1, seconds)))
-    before = target.cpu()
-    many = load(target.port, KEY, Load(files["small"], 32, seconds))
-    spent = target.cpu() - before
+    many, cpu = target.load(Load(files["small"], 32, seconds))
     one = load(target.port, KEY, Load(files["small"], 1, max(0.5, seconds / 2)))
     return {
         "requests_per_s": many["good"] / many["seconds"],
         "p50_ms": times(many, "whole", "p50"),
         "p99_ms": times(many, "whole", "p99"),
         "p50_alone_ms": times(one, "whole", "p50"),
-        "cpu_us_per_request": 1e6 * spent / max(1, many["good"]),
+        "cpu_us_per_request": 1e6 * cpu["used"] / max(1, many["good"]),
+        "waited_percent": cpu["waited"],
         "failed": many["failed"] + one["failed"],
     }
 
@@ -85,9 +90,7 @@ def times(found: dict[str, Any], of: str, which: str) -> float:
 
 def streams(target: Target, files: dict[str, Path], seconds: float, count: int) -> Figures:
     """So many streams at once, 64 chunks each, one every 20 ms."""
-    before = target.cpu()
-    found = load(target.port, KEY, Load(files["stream"], count, seconds, STREAMED))
-    spent = target.cpu() - before
+    found, cpu = target.load(Load(files["stream"], count, seconds, STREAMED))
     return {
         f"{name}_{count}": value
         for name, value in {
@@ -97,7 +100,8 @@ def streams(target: Target, files: dict[str, Path], seconds: float, count: int) 
             "first_p99_ms": times(found, "first", "p99"),
             "chunk_p50_ms": times(found, "every", "p50"),
             "chunk_p99_ms": times(found, "every", "p99"),
-            "cpu_s_per_1000_chunks": 1000 * spent / max(1, found["chunks"]),
+            "cpu_s_per_1000_chunks": 1000 * cpu["used"] / max(1, found["chunks"]),
+            "waited_percent": cpu["waited"],
             "streams_failed": found["failed"],
             "streams_changed": found["differing"],
         }.items()

@@ -59,7 +59,7 @@ class Running:
         log: Path,
         env: dict[str, str] | None = None,
         pipe: bool = False,
-        nice: int = -10,
+        nice: int = -20,
     ) -> None:
         self.log = log
         with log.open("ab") as to:
@@ -95,13 +95,11 @@ class Running:
                 wanted += [int(word) for word in read(children).split()]
         return found
 
-    def cpu(self) -> float:
-        """Seconds of CPU used so far by all threads that live."""
-        spent = 0
-        for pid in self.pids:
-            for account in Path(f"/proc/{pid}/task").glob("*/schedstat"):
-                spent += int((read(account) or "0").split()[0])
-        return spent / 1e9
+    def cpu(self) -> tuple[float, float]:
+        """Seconds of CPU used so far, and waited for it, by all threads that live."""
+        accounts = [a for pid in self.pids for a in Path(f"/proc/{pid}/task").glob("*/schedstat")]
+        spent = [(read(account) or "0 0").split() for account in accounts]
+        return sum(int(s[0]) for s in spent) / 1e9, sum(int(s[1]) for s in spent) / 1e9
 
     def memory(self) -> tuple[float, float]:
         """MB resident now and at most, of the largest of the processes."""
@@ -153,7 +151,7 @@ class Engine(Running):
     def __init__(self, log: Path, resets: bool = False) -> None:
         self.port = free_port()
         command = [str(built("engine")), str(self.port), *(["reset"] if resets else [])]
-        super().__init__(command, LOAD_CORE, log, pipe=True, nice=-15)
+        super().__init__(command, LOAD_CORE, log, pipe=True, nice=-19)
         self._told: dict[tuple[str, str], int] = {}
         self._rest = b""
         wait_for_port(self)
@@ -219,7 +217,7 @@ def load(port: int, key: str, wanted: Load) -> dict[str, Any]:
         check=True,
         timeout=wanted.seconds + 90,
         start_new_session=True,
-        preexec_fn=lambda: pinned(LOAD_CORE, -18),
+        preexec_fn=lambda: pinned(LOAD_CORE, -20),
     )
     found: dict[str, Any] = json.loads(done.stdout)
     return found

@@ -17,6 +17,7 @@ ROWS = {
     "added_ms": "  added median, 32 at once, ms",
     "added_alone_ms": "  added median, 1 at once, ms",
     "cpu_us_per_request": "  CPU per request, us",
+    "waited_percent": "  waited for the core, % (noise)",
     **{
         f"{name}_{count}": title
         for count in (100, 500)
@@ -28,6 +29,7 @@ ROWS = {
             "added_chunk_p50_ms": "  any chunk later, p50, ms",
             "added_chunk_p99_ms": "  p99, ms",
             "cpu_s_per_1000_chunks": "  CPU per 1,000 chunks, s",
+            "waited_percent": "  waited for the core, % (noise)",
             "streams_failed": "  streams failed",
             "streams_changed": "  streams whose bytes changed",
         }.items()
@@ -39,6 +41,8 @@ ROWS = {
     "left_mid_stream_ms": "  in mid stream, ms",
     "left_plain_ms": "  during a plain answer, ms",
     "retry_ms": "reset retried on another engine: extra ms",
+    "retries": "  requests that were reset",
+    "retry_failed": "  requests that failed",
     "retry_most_ms": "  at most, ms",
     "failed": "requests failed",
 }
