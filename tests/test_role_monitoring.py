@@ -11,6 +11,7 @@ import pytest
 import yaml
 from monitoringkit import programs
 
+from inferfleet.gateway.metrics import Metrics
 from inferfleet.lab import fleet
 from inferfleet.metrics import vllm_renames
 from inferfleet.model import Artefact
@@ -330,6 +331,7 @@ def test_every_metric_that_is_asked_for_is_exported(monitoring, queries):
     counters = (root / "gpu_exporter/counters.csv").read_text()
     own = (root / "gpu_exporter/gpu_exporter.py").read_text()
     probes = (root / "node_exporter/templates/probes.j2").read_text()
+    gateway = Metrics(["coder"]).expose().decode()
     for metric in asked - KNOWN - recorded:
         base = re.sub(r"_(bucket|sum|count)$", "", metric)
         if metric.startswith("vllm:"):
@@ -337,6 +339,8 @@ def test_every_metric_that_is_asked_for_is_exported(monitoring, queries):
         elif metric.startswith("DCGM_FI_DEV_"):
             assert f"{metric}," in counters, metric
             assert f'"{metric.removeprefix("DCGM_FI_DEV_")}"' in own, metric
+        elif metric.startswith("inferfleet_gateway_"):
+            assert f"# HELP {metric} " in gateway, metric
         else:
             assert metric in probes, metric
 

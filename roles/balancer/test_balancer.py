@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 from testinfra.host import Host
 
+from inferfleet import gateways
 from inferfleet.model import Instance, Plan, Secret, Step
 from inferfleet.verify.plugin import Answer
 from inferfleet.verify.proofs import PROMPT, Ask, answered, chat, steady, streamed
@@ -20,17 +21,31 @@ def base(step: Step) -> str:
 
 
 @pytest.fixture
-def key(step: Step) -> Secret:
-    """The first client's key."""
+def behind(plan: Plan) -> Step | None:
+    """One of the gateways it stands before, if it does."""
+    steps = (step for steps in plan.steps.values() for step in steps)
+    return next((step for step in steps if step.role == gateways.ROLE), None)
+
+
+@pytest.fixture
+def key(step: Step, behind: Step | None) -> Secret:
+    """The first client's key; a gateway's without limits, if there is one."""
+    if behind:
+        return min(gateways.keys(behind), key=lambda entry: len(entry[2]))[1]
     found: Secret = sorted(step.settings["api_keys"].items())[0][1]
     return found
 
 
 @pytest.fixture
-def served(step: Step, plan: Plan) -> list[tuple[str, Instance]]:
+def served(step: Step, behind: Step | None, plan: Plan) -> list[tuple[str, Instance]]:
     """(path before /v1, an instance behind it) for each deployment the balancer serves."""
     named = step.settings.get("deployments", plan.phase.deployments)
     found = {i.deployment.name: i for i in plan.instances() if i.deployment.name in named}
+    if behind:
+        made = gateways.config(behind, plan)["models"].values()
+        models = [model["pools"] for model in made if not model["embeddings"]]
+        asked = [next((i for n, i in found.items() if p.get(n)), None) for p in models]
+        return [("", instance) for instance in asked if instance]
     paths = [(f"/{name}", instance) for name, instance in found.items()]
     return [*paths, ("", next(iter(found.values())))] if len(found) == 1 else paths
 
@@ -97,6 +112,12 @@ def test_takes_long_prompts(
     body = chat(instance, messages=[{"role": "user", "content": PROMPT + "x" * 2_000_000}])
     answer = ask(f"{base}{path}/v1/chat/completions", key=key, json=body)
     assert answer.status in (200, 400), answer.error or answer.text[:500]
+
+
+def test_ollamas_clients_find_somebody_at_home(ask: Ask, base: str, behind: Step | None) -> None:
+    """before gateways, Ollama's clients are greeted; without, there is no such API"""
+    assert ask(f"{base}/").status == (200 if behind else 404)
+    assert ask(f"{base}/api/tags").status == (401 if behind else 404)
 
 
 @pytest.mark.disruptive

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from inferfleet import gateways
 from inferfleet.builders import VERIFY_UNIT, answers, package, running
 from inferfleet.metrics import SILENT, Rename, vllm_renames
 from inferfleet.model import Artefact, Ensure, Instance, Plan, Render, Step, endpoint
@@ -91,7 +92,7 @@ def ports(step: Step) -> Iterable[int]:
 
 
 def jobs(plan: Plan) -> list[Job]:
-    """What there is to scrape: a job for each deployment, one for each kind of exporter."""
+    """What there is to scrape: a job for each deployment and each kind of exporter; gateways."""
     found: dict[str, Job] = {}
     for step in (step for steps in plan.steps.values() for step in steps):
         for instance in step.instances if step.role not in SILENT else ():
@@ -102,7 +103,13 @@ def jobs(plan: Plan) -> list[Job]:
             address = endpoint(step.host.private_address, step.settings["port"])
             target = Target(address, {"host": step.host.name})
             found.setdefault(job.name, job).targets.append(target)
-    return list(found.values())
+    scraped = [target for gateway in gateways.gateways(plan) for target in _gateway(gateway)]
+    return [*found.values(), *([Job("gateways", (), scraped)] if scraped else [])]
+
+
+def _gateway(gateway: gateways.Gateway) -> list[Target]:
+    """Each worker counts for itself."""
+    return [Target(address, {"host": gateway.host}) for address in gateway.private]
 
 
 def _engine(instance: Instance) -> Target:
