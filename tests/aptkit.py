@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping
@@ -62,6 +63,7 @@ def deb(folder: Path, name: str, version: str, files: Mapping[str, str], **field
     built = folder / f"{name}_{version}.deb"
     argv = ["dpkg-deb", "--root-owner-group", "-Znone", "--build", root, built]
     subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
+    shutil.rmtree(root)
     return built
 
 

@@ -113,6 +113,8 @@ def test_the_driver_is_new_enough_for_every_engine(
         ("580.65.05", False),
         ("570.211.01", False),
         ("", False),
+        ("NVIDIA-SMI has failed because it could not talk to the driver.", False),
+        ("Failed to initialize NVML: Driver/library version mismatch", False),
     ],
 )
 def test_versions_are_compared_as_numbers(tmp_path: Path, have: str, enough: bool) -> None:
@@ -141,6 +143,7 @@ def test_packages_are_installed_and_a_reboot_is_asked_for(tmp_path: Path) -> Non
     tools = tmp_path / "bin"
     for name in ("apt-get", "apt-mark"):
         tool(tools, name, f'echo "{name} $*" >>{tools}/asked')
+    tool(tools, "dpkg-query", "echo 'hi libnvidia-compute-570-server'")
     tool(tools, "modprobe", "exit 1")
     tool(tools, "nvidia-smi", "exit 9")
     found = bundle(tmp_path, "driver: {packages: [nvidia-headless-580-server-open]}")
@@ -148,8 +151,9 @@ def test_packages_are_installed_and_a_reboot_is_asked_for(tmp_path: Path) -> Non
     assert done.returncode == 1
     assert "reboot, then provision again" in done.stderr
     asked = (tools / "asked").read_text().splitlines()
-    assert asked[0] == "apt-mark unhold nvidia-headless-580-server-open"
+    assert asked[0] == "apt-mark unhold libnvidia-compute-570-server"
     assert asked[1].endswith("--no-install-recommends nvidia-headless-580-server-open")
+    assert asked[2:] == ["apt-mark hold libnvidia-compute-570-server"]
 
 
 INSTALLED = """\

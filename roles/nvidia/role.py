@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from inferfleet.builders import VERIFY_UNIT, packages, repository, running
@@ -16,18 +16,21 @@ UNIT = "inferfleet-gpus.service"
 PROGRAM = "/opt/inferfleet/nvidia/gpus.py"
 CONFIG = "/etc/inferfleet/nvidia/gpus.json"
 
-_DRIVER = "$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)"
+# what it complains of, nvidia-smi prints to its output, too
+_DRIVER = (
+    "$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | "
+    "grep -m 1 -xE '[0-9.]+')"
+)
 _NEW_ENOUGH = f"""\
 have={_DRIVER} && [ -n "$have" ] &&
   [ "$(printf '%s\\n' {{least}} "$have" | sort -V | head -n 1)" = {{least}} ]
 """
 _TOO_OLD = f"""\
-have={_DRIVER} 2>/dev/null
+have={_DRIVER}
 echo "the driver is ${{{{have:-not here, or does not work}}}}; {{because}}" >&2
 echo "install driver {{least}} or newer (driver: packages does), or an older engine" >&2
 exit 1
 """
-_UNHOLD = "! command -v apt-mark >/dev/null || apt-mark unhold {names}\n"
 _REBOOT = """
 modprobe nvidia || true
 nvidia-smi >/dev/null && exit
@@ -40,6 +43,12 @@ _OWN = (
     "dpkg-query -W -f '${db:Status-Abbrev}${Package}\\n' | sed -n 's/^[hi]i *//p' | "
     "grep -E '^(lib)?(nvidia|cuda-drivers)' | grep -v container"
 )
+_MARK = f"""\
+mark() {{
+  ! command -v apt-mark >/dev/null || {_OWN} | xargs -r apt-mark "$1" >/dev/null
+}}
+"""
+_HOLD_AFTERWARDS = "trap 'mark hold' EXIT\n"
 _HELD = f"""\
 ! command -v apt-mark >/dev/null || {{
   held=$(apt-mark showhold)
@@ -60,6 +69,8 @@ branch=${{driver%%.*}}
 if command -v apt-get >/dev/null; then
   export DEBIAN_FRONTEND=noninteractive
   apt-get update
+  # one of another branch has to go, and none that is held does
+  apt-mark showhold | grep '^nvidia-fabric' | xargs -r apt-mark unhold
   for name in nvidia-fabricmanager-$branch nvidia-fabricmanager; do
     apt-get install -y --allow-downgrades --allow-change-held-packages "$name=$driver*" && break
   done
@@ -73,9 +84,11 @@ systemctl enable -q nvidia-fabricmanager && systemctl restart nvidia-fabricmanag
 def artefacts(step: Step, plan: Plan, render: Render) -> Iterator[Artefact | Ensure]:
     """Driver and toolkit first; then a program that readies the GPUs at every boot, and now."""
     settings = step.settings
+    if source := settings.get("repository"):
+        yield repository("nvidia", source)
     yield from _driver(step, plan)
     if settings["toolkit"]:
-        yield from _toolkit(settings)
+        yield _toolkit()
     yield render.copy(PROGRAM, "gpus.py", mode=0o755, restarts=(UNIT,))
     yield render(CONFIG, "gpus.json.j2", restarts=(UNIT,), settings=wanted(step))
     yield render(
@@ -87,6 +100,8 @@ def artefacts(step: Step, plan: Plan, render: Render) -> Iterator[Artefact | Ens
     )
     if settings["fabric_manager"] == "auto":
         yield Ensure("the fabric manager is the driver's", _FABRIC, _FABRIC_INSTALL, 900)
+    if settings["driver"]["hold"]:
+        yield Ensure("the driver's packages are held back", _HELD, f"{_MARK}mark hold")
     yield running(UNIT)
     yield _ready()
 
@@ -152,20 +167,16 @@ def _driver(step: Step, plan: Plan) -> Iterator[Ensure]:
     test = _NEW_ENOUGH.format(least=version)
     if settings["packages"]:
         installed = packages(title, test, settings["packages"])
-        run = _UNHOLD.format(names=sh(*settings["packages"])) + installed.run + _REBOOT
+        hold = _HOLD_AFTERWARDS if settings["hold"] else ""
+        run = f"{_MARK}{hold}mark unhold\n{installed.run}{_REBOOT}"
         yield Ensure(title, test, run, installed.timeout, before=True)
     else:
         yield Ensure(title, test, _TOO_OLD.format(least=version, because=because), before=True)
-    if settings["hold"]:
-        run = f"{_OWN} | xargs -r apt-mark hold"
-        yield Ensure("the driver's packages are held back", _HELD, run, before=True)
 
 
-def _toolkit(settings: Mapping[str, Any]) -> Iterator[Ensure]:
-    if source := settings.get("repository"):
-        yield repository("nvidia", source)
+def _toolkit() -> Ensure:
     test, title = "command -v nvidia-ctk >/dev/null", "NVIDIA's container toolkit is installed"
-    yield packages(title, test, ["nvidia-container-toolkit"])
+    return packages(title, test, ["nvidia-container-toolkit"])
 
 
 def _ready() -> Ensure:
