@@ -46,14 +46,15 @@ class Watch:
         since = self.core.time()
         instance = self.instance
         moving = await self._moving(since)
-        if moving is False and since - self.moved_at >= self.rules.hung_after:
-            if not instance.down:
-                self._eject("hung")
-            return
-        fresh = since - instance.last_success < self.rules.interval
-        if moving or (fresh and not instance.down and not instance.failures):
-            self.failures = 0
-            return
+        if not instance.down:
+            if moving is False:  # perhaps a long prompt: a probe would only wait behind it
+                if since - self.moved_at >= self.rules.hung_after:
+                    self._eject("hung")
+                return
+            fresh = since - instance.last_success < self.rules.interval
+            if moving or (fresh and not instance.failures):
+                self.failures = 0
+                return
         if await self._probe():
             self.failures = 0
             self.moved_at = self.core.time()

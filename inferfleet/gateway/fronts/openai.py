@@ -11,6 +11,7 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 from inferfleet.gateway.backends import adapt
 from inferfleet.gateway.request import Backend, BadRequest, Call
 
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 ADAPTED: frozenset[Backend] = frozenset({"tgi", "ollama"})  # refuse some of OpenAI's fields
 _HASHED = 4096  # bytes of a message that tell conversations apart
 _MODEL = re.compile(rb'"model"\s*:\s*"(?:[^"\\]|\\.)*"')
@@ -52,7 +53,7 @@ class Passing:
         try:
             found: _Body | _Bare = _body(body)
             self.affinity = _affinity(found)  # type: ignore[arg-type]
-        except msgspec.DecodeError:
+        except UNREADABLE:
             found, self.affinity = _unlike_chat(body), 0
         self.model, self.stream = found.model, bool(found.stream)
 
@@ -99,7 +100,7 @@ def _unlike_chat(body: bytes) -> _Bare:
     except msgspec.ValidationError as problem:
         param = "stream" if str(problem).endswith("`$.stream`") else "model"
         raise BadRequest(f"{problem}", param) from None
-    except msgspec.DecodeError:
+    except UNREADABLE:
         raise BadRequest("the body is no JSON document") from None
 
 
