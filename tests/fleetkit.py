@@ -75,10 +75,10 @@ class Ran:
 class Fleet:
     """The lab, the project made for it, and the tool; no run may print a secret."""
 
-    def __init__(self, lab: labs.Lab, folder: Path) -> None:
+    def __init__(self, lab: labs.Lab, folder: Path, wheels: Path | None = None) -> None:
         self.lab, self.folder = lab, folder
         self.hosts: Mapping[str, labs.LabHost] = lab.hosts
-        self.inventory = rehearsal.project(lab, folder / "project")
+        self.inventory = rehearsal.project(lab, folder / "project", wheels)
         self._pristine = folder / "pristine"
         shutil.copytree(self.inventory, self._pristine)
         (folder / "home/.ssh").mkdir(parents=True)
