@@ -1,5 +1,6 @@
 """Our own GPU exporter, over nvidia-ml-py and a stand-in for the driver's library."""
 
+import csv
 import json
 import re
 import shutil
@@ -10,8 +11,10 @@ from functools import partial
 from pathlib import Path
 from urllib.request import urlopen
 
+import make
 import pynvml
 import pytest
+import readers
 from fleetkit import until
 from monitoringkit import programs
 from nvmlkit import FIXTURES, library  # noqa: F401 - a fixture
@@ -93,3 +96,61 @@ def test_it_answers_on_an_ipv6_address(exported):
 
 def test_without_a_driver_it_says_so_and_ends(exported):
     assert exported({"init": 9, "gpus": []}) == (1, "gpu_exporter: Driver Not Loaded\n")
+
+
+# NVIDIA's exporter
+
+ROLE = Path(__file__).parents[1] / "roles" / "gpu_exporter"
+FLEET = """\
+    hosts: {gpu-01: {address: 192.0.2.11, gpus: [{model: L40S, count: 2}]}}
+    models: {}
+    deployments: {}
+    phases:
+      p: {users: 1, why: w, hosts: [all], roles: {gpu_exporter: {hosts: [all], exporter: dcgm}}}
+"""
+# etc/default-counters.csv of NVIDIA/dcgm-exporter 4.8: type by field, commented ones included
+KNOWN = {
+    "DCGM_FI_DEV_GPU_TEMP": "gauge",
+    "DCGM_FI_DEV_POWER_USAGE": "gauge",
+    "DCGM_FI_DEV_GPU_UTIL": "gauge",
+    "DCGM_FI_DEV_FB_FREE": "gauge",
+    "DCGM_FI_DEV_FB_USED": "gauge",
+    "DCGM_FI_DEV_SM_CLOCK": "gauge",
+    "DCGM_FI_DEV_THERMAL_VIOLATION": "counter",
+    "DCGM_FI_DEV_XID_ERRORS": "gauge",
+    "DCGM_FI_DEV_ECC_DBE_VOL_TOTAL": "counter",
+    "DCGM_FI_DEV_ROW_REMAP_FAILURE": "gauge",
+}
+
+
+def test_compose_reads_what_runs_nvidias(tmp_path):
+    path = tmp_path / "compose.yml"
+    path.write_text(make.text(make.bundle(tmp_path, fleet=FLEET), "compose.yml"))
+    argv = [*readers.compose(), "-f", path, "config", "--format", "json"]
+    read = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert (read.returncode, read.stderr) == (0, "")
+    service = json.loads(read.stdout)["services"]["exporter"]
+    assert re.fullmatch(r".*/dcgm-exporter:[\d.]+-4\.8\.\d+-distroless", service["image"])
+    (mounted,) = service["volumes"]
+    # the flags --address and --collectors, by the variables that stand for them
+    assert service["environment"] == {
+        "DCGM_EXPORTER_LISTEN": ":9400",
+        "DCGM_EXPORTER_COLLECTORS": mounted["target"],
+    }
+    assert (mounted["source"], mounted["read_only"]) == (
+        "/etc/inferfleet/gpu-exporter/counters.csv",
+        True,
+    )
+    (port,) = service["ports"]
+    assert (port["host_ip"], port["published"], port["target"]) == ("192.0.2.11", "9400", 9400)
+    (devices,) = service["deploy"]["resources"]["reservations"]["devices"]
+    assert (devices["driver"], devices["count"]) == ("nvidia", -1), "all GPUs"
+
+
+def test_nvidias_exporter_knows_its_counters_and_ours_has_the_same(exported):
+    lines = (ROLE / "counters.csv").read_text().splitlines()
+    rows = list(csv.reader(line for line in lines if not line.startswith("#")))
+    assert all(len(row) == 3 for row in rows), "or it refuses the whole file"
+    assert {field.strip(): kind.strip() for field, kind, _ in rows} == KNOWN
+    ours = re.findall(r"^# TYPE (\w+) (\w+)$", exported(machine("h200")), re.MULTILINE)
+    assert dict(ours) == KNOWN
