@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-class Failed(Exception):  # noqa: N818
+class Failed(Exception):
     """A step failed; the text is for the user."""
 
 

@@ -40,7 +40,9 @@ class Supervisor:
 
     def __init__(self, path: Path, config: Config, state: Path | None) -> None:
         self.path, self.config, self.state = path, config, state
-        self.sockets = [listening(config.listen)]
+        self.public = listening(config.listen)
+        self.privates: list[socket.socket] = []
+        self.bind(config)
         self.children: set[Child] = set()
         self.generation = 0
         self.stopping = asyncio.Event()
@@ -69,6 +71,7 @@ class Supervisor:
             notify("RELOADING=1")
             try:
                 config = load(self.path)
+                self.bind(config)
             except ConfigError as error:
                 LOG.error("%s; the configuration from before stays in force", error)
             else:
@@ -88,18 +91,17 @@ class Supervisor:
             await self.retire(new)
             return False
         self.generation += 1
-        self.publish()
         self.keep(self.retire(old))
+        self.publish()
         return True
 
     async def start(self, slot: int) -> Child | None:
         """One worker, ready to serve; None when it died or was too slow."""
         mine, its = os.pipe()
-        private = self.private(slot)
-        public = self.sockets[0].fileno()
+        public, private = self.public.fileno(), self.privates[slot].fileno()
         argv = [sys.executable, "-m", "inferfleet.gateway", "--config", str(self.path), "--worker"]
-        argv += [f"{slot},{public},{private.fileno()},{its}"]
-        inherited = (public, private.fileno(), its)
+        argv += [f"{slot},{public},{private},{its}"]
+        inherited = (public, private, its)
         process = await asyncio.create_subprocess_exec(*argv, pass_fds=inherited)
         os.close(its)
         child = Child(slot, process)
@@ -110,14 +112,13 @@ class Supervisor:
         self.keep(self.attend(child))
         return child if ready else None
 
-    def private(self, slot: int) -> socket.socket:
-        """The private socket of a slot; kept over reloads."""
-        while len(self.sockets) <= slot + 1:
-            host, port = address(self.config.private)
-            number = port + len(self.sockets) - 1 if port else 0
+    def bind(self, config: Config) -> None:
+        """A private socket for each worker, on ports that follow each other; ConfigError."""
+        host, port = address(config.private)
+        for slot in range(len(self.privates), config.workers):
+            number = port + slot if port else 0
             text = f"[{host}]:{number}" if ":" in host else f"{host}:{number}"
-            self.sockets.append(listening(text))
-        return self.sockets[slot + 1]
+            self.privates.append(listening(text))
 
     async def attend(self, child: Child) -> None:
         """Start another when it dies by itself."""
@@ -132,13 +133,17 @@ class Supervisor:
                 await self.start(child.slot)
                 self.publish()
 
-    async def retire(self, children: set[Child]) -> None:
-        """Let workers drain and end."""
+    async def retired(self, children: set[Child]) -> None:
+        """Wait until workers that were told to drain have ended."""
+        await asyncio.gather(*(child.process.wait() for child in children))
+
+    def retire(self, children: set[Child]) -> Coroutine[None, None, None]:
+        """Tell workers to drain, now; what comes back waits until they have ended."""
         for child in children:
             child.retired = True
             if child.process.returncode is None:
                 child.process.terminate()
-        await asyncio.gather(*(child.process.wait() for child in children))
+        return self.retired(children)
 
     def reopen_logs(self) -> None:
         """Tell all workers that their log was moved away."""

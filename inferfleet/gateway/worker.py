@@ -38,6 +38,7 @@ REFRESH = 1.0  # seconds between looks at the keys file
 SAVE = 5.0  # seconds between writes of the day's tokens
 KEEPALIVE = 75  # seconds; longer than balancers keep idle connections
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
 
 class Server(uvicorn.Server):
@@ -116,8 +117,7 @@ class Worker:
             await asyncio.sleep(0.01)
 
     async def _drain(self, servers: list[asyncio.Task[None]]) -> None:
-        """No new requests; those under way may end, up to the configured time."""
-        self.core.draining = True
+        """No new connections; what came on the others may end, up to the configured time."""
         self.public.should_exit = self.private.should_exit = True
         _, left = await asyncio.wait(servers, timeout=self.config.drain_timeout)
         for exchange in tuple(self.core.live):
@@ -228,6 +228,12 @@ def keep_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, 32 << 20)
 
 
+def end_with_parent() -> None:
+    """Drain when the supervisor is killed, instead of serving for ever unknown to anybody."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def main(path: str, slot: int, public: int, private: int, ready: int | None) -> None:
     """The worker in this process, on inherited sockets."""
     import uvloop
@@ -235,6 +241,7 @@ def main(path: str, slot: int, public: int, private: int, ready: int | None) -> 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     keep_memory()
+    end_with_parent()
     worker = Worker(load(Path(path)), slot)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(worker.run(socket.socket(fileno=public), socket.socket(fileno=private), ready))

@@ -50,7 +50,7 @@ LOOK_SECONDS = 10  # between two looks at how far a download has come
 TRY_AGAIN, NEEDS_A_PERSON = 75, 78  # EX_TEMPFAIL and EX_CONFIG of sysexits.h
 
 
-class Failed(Exception):  # noqa: N818 - read as what it says
+class Failed(Exception):
     """What may work when tried again."""
 
     status = TRY_AGAIN

@@ -18,7 +18,7 @@ from typing import Any
 SPEC = "/var/run/cdi/nvidia.yaml"
 
 
-class Wrong(Exception):  # noqa: N818
+class Wrong(Exception):
     """Something a person has to look after; the text says what."""
 
 

@@ -31,7 +31,7 @@ BLOCK = 1 << 20  # bytes
 CHANGES = ("parameters", "system", "template")
 
 
-class Failed(Exception):  # noqa: N818 - read as what it says
+class Failed(Exception):
     """What the server refused, or what is not as it should be."""
 
 

@@ -64,7 +64,7 @@ WHOLE = "e2e_request_latency_seconds"
 BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
 
 
-class Refusal(Exception):  # noqa: N818 - an answer, not a failure of ours
+class Refusal(Exception):
     """An HTTP error answer in vLLM's shape."""
 
     def __init__(self, status: int, message: str, kind: str = "", param: str | None = None) -> None:

@@ -1,0 +1,267 @@
+"""The processes of a gateway: start, reload, crash and end, as systemd and operators cause them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from relaykit import DONE, KEY, Engine, event, run, settings, stream, until
+
+EVENTS = [event(str(number)) for number in range(10)] + [DONE]
+PROGRAM = (sys.executable, "-m", "inferfleet.gateway")
+
+
+@dataclass
+class Gateway:
+    """A running supervisor with its workers."""
+
+    process: asyncio.subprocess.Process
+    config: Path
+    state: Path
+    port: int
+    private: int
+    client: httpx.AsyncClient
+
+    @property
+    def workers(self) -> list[int]:
+        return list(json.loads(self.state.read_text())["workers"])
+
+    def write(self, **changes: Any) -> None:
+        found = json.loads(self.config.read_text())
+        self.config.write_text(json.dumps({**found, **changes}))
+
+    async def chat(self, stream: bool = False) -> httpx.Response:
+        asked = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": stream}
+        return await self.client.post("/v1/chat/completions", json=asked)
+
+    async def reload(self) -> tuple[int, str]:
+        """Exit code and words of the reload that a unit's ExecReload runs."""
+        argv = ("--config", str(self.config), "--state-file", str(self.state))
+        told = await asyncio.create_subprocess_exec(
+            *PROGRAM, *argv, "--reload", str(self.process.pid), stderr=subprocess.PIPE
+        )
+        _, words = await told.communicate()
+        return told.returncode or 0, words.decode()
+
+
+def free_ports(count: int) -> int:
+    """The first of some that follow each other, below those the kernel gives to clients."""
+    while True:
+        first = random.randrange(20000, 30000)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as held:
+            for port in range(first, first + count):
+                held.enter_context(socket.create_server(("127.0.0.1", port)))
+            return first
+
+
+@contextlib.asynccontextmanager
+async def gateway(folder: Path, engine: Engine, **changes: Any) -> AsyncIterator[Gateway]:
+    await engine.start()
+    port = free_ports(3)
+    private = port + 1
+    config, state = folder / "config.json", folder / "state.json"
+    wanted = settings([engine], folder, listen=f"127.0.0.1:{port}", **changes)
+    config.write_text(json.dumps({**wanted, "private": f"127.0.0.1:{private}"}))
+    process = await asyncio.create_subprocess_exec(
+        *PROGRAM, "--config", str(config), "--state-file", str(state)
+    )
+    async with httpx.AsyncClient(
+        base_url=f"http://127.0.0.1:{port}",
+        headers={"Authorization": f"Bearer {KEY}"},
+        timeout=20,
+        limits=httpx.Limits(max_connections=None),
+    ) as client:
+        try:
+            await until(state.exists, 20)
+            yield Gateway(process, config, state, port, private, client)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+            await asyncio.wait_for(process.wait(), 20)
+            await engine.stop()
+
+
+def test_a_reload_under_load_loses_nothing(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with gateway(tmp_path, Engine(stream(*EVENTS, gap=0.05))) as found:
+            before = found.workers
+            asked = []
+            reloading = None
+            for at in range(60):
+                asked.append(asyncio.create_task(found.chat(stream=True)))
+                if at == 20:
+                    found.write(models=renamed(found))
+                    reloading = asyncio.create_task(found.reload())
+                await asyncio.sleep(0.04)
+            assert reloading
+            assert await reloading == (0, "")
+            answers = await asyncio.gather(*asked)
+            assert {answer.content for answer in answers} == {b"".join(EVENTS)}
+            assert not set(before) & set(found.workers)
+            listed = (await found.client.get("/v1/models")).json()
+            assert "another" in [entry["id"] for entry in listed["data"]]
+            await until(lambda: not alive(before[0]))
+
+    run(body())
+
+
+def renamed(found: Gateway) -> Any:
+    models = json.loads(found.config.read_text())["models"]
+    models["m"]["aliases"] = ["another"]
+    return models
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("broken", [{"models": {}}, {"pools": 3}, {"no_such_option": 1}])
+def test_a_bad_configuration_changes_nothing(tmp_path: Path, broken: dict[str, Any]) -> None:
+    async def body() -> None:
+        async with gateway(tmp_path, Engine()) as found:
+            before = found.workers
+            found.write(**broken)
+            code, words = await found.reload()
+            assert code == 1
+            assert words.startswith(f"{found.config}: ")
+            assert words.count("\n") == 1
+            found.process.send_signal(signal.SIGHUP)  # even if somebody insists
+            await asyncio.sleep(0.5)
+            assert found.workers == before
+            assert (await found.chat()).status_code == 200
+
+    run(body())
+
+
+def test_workers_that_do_not_come_up_leave_the_old_ones(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with gateway(tmp_path, Engine()) as found:
+            before = found.workers
+            found.write(log=str(tmp_path / "no" / "such" / "folder"))
+            found.process.send_signal(signal.SIGHUP)
+            await asyncio.sleep(2)
+            assert found.workers == before
+            assert (await found.chat()).status_code == 200
+
+    run(body())
+
+
+def test_a_killed_worker_is_replaced(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with gateway(tmp_path, Engine(), workers=2) as found:
+            before = found.workers
+            assert len(before) == 2
+            os.kill(before[0], signal.SIGKILL)
+            await until(lambda: before[0] not in found.workers and len(found.workers) == 2)
+            answers = [await found.chat() for _ in range(10)]
+            assert {answer.status_code for answer in answers} == {200}
+
+    run(body())
+
+
+def test_sigterm_lets_streams_end_and_then_ends(tmp_path: Path) -> None:
+    async def body() -> None:
+        engine = Engine(stream(*EVENTS, gap=0.1))
+        async with gateway(tmp_path, engine) as found:
+            asked = asyncio.create_task(found.chat(stream=True))
+            await until(lambda: bool(engine.prompts))
+            found.process.terminate()
+            assert (await asked).content == b"".join(EVENTS)
+            assert await found.process.wait() == 0
+
+    run(body())
+
+
+def test_a_stream_longer_than_the_drain_ends_with_an_error_event(tmp_path: Path) -> None:
+    async def body() -> None:
+        engine = Engine(stream(EVENTS[0], end="hang"))
+        async with gateway(tmp_path, engine, drain_timeout=0.5) as found:
+            asked = asyncio.create_task(found.chat(stream=True))
+            await until(lambda: bool(engine.prompts))
+            await asyncio.sleep(0.2)
+            found.process.terminate()
+            assert b'"stream_cut"' in (await asked).content
+            assert await found.process.wait() == 0
+
+    run(body())
+
+
+def test_workers_end_with_a_killed_supervisor(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with gateway(tmp_path, Engine()) as found:
+            (worker,) = found.workers
+            found.process.kill()
+            await found.process.wait()
+            await until(lambda: not alive(worker))
+
+    run(body())
+
+
+def test_tokens_of_the_day_and_weights_outlive_a_reload(tmp_path: Path) -> None:
+    async def body() -> None:
+        (tmp_path / "state").mkdir()
+        async with gateway(tmp_path, Engine(), state=str(tmp_path / "state")) as found:
+            private = f"http://127.0.0.1:{found.private}"
+            await found.chat()
+            weights = {"p": 7.0}
+            await found.client.put(f"{private}/models/m/weights", json=weights)
+            assert (await found.reload())[0] == 0
+            async with httpx.AsyncClient() as fresh:
+                status = (await fresh.get(f"{private}/status")).json()
+            assert status["models"]["m"]["weights"] == weights
+
+    run(body())
+
+
+def test_what_is_wrong_at_the_start_is_said_in_one_line(tmp_path: Path) -> None:
+    bad = tmp_path / "config.json"
+    cases = {
+        "{": "truncated",
+        "[]": "Expected `object`",
+        json.dumps(open_to_all()): "without keys",
+        json.dumps({**open_to_all(), "listen": "nowhere"}): "is no address",
+        json.dumps({**open_to_all(), "keys": "/no/such"}): "/no/such: ",
+    }
+    for text, expected in cases.items():
+        bad.write_text(text)
+        told = subprocess.run(
+            [*PROGRAM, "--config", str(bad)], capture_output=True, text=True, timeout=20
+        )
+        assert told.returncode == 1
+        assert expected in told.stderr
+        assert told.stderr.count("\n") == 1, told.stderr
+
+
+def open_to_all() -> dict[str, Any]:
+    instance = {"name": "e", "url": "http://127.0.0.1:1"}
+    pools = {"p": {"backend": "vllm", "model": "m", "instances": [instance]}}
+    return {"listen": "0.0.0.0:0", "pools": pools, "models": {"m": {"pools": {"p": 1}}}}
+
+
+def test_an_address_that_is_taken_is_said_in_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        config = tmp_path / "config.json"
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        config.write_text(json.dumps({**open_to_all(), "listen": address}))
+        told = subprocess.run(
+            [*PROGRAM, "--config", str(config)], capture_output=True, text=True, timeout=20
+        )
+    assert told.returncode == 1
+    assert told.stderr == f"{address}: address already in use\n"
