@@ -110,8 +110,13 @@ def streams(target: Target, files: dict[str, Path], seconds: float, count: int) 
 
 def prompts(target: Target, files: dict[str, Path], seconds: float) -> Figures:
     """Prompts of 1 MiB, 8 clients."""
-    found = load(target.port, KEY, Load(files["long"], 8, seconds))
-    return {"mb_prompts_per_s": found["good"] / found["seconds"], "mb_failed": found["failed"]}
+    found, cpu = target.load(Load(files["long"], 8, seconds))
+    return {
+        "mb_prompts_per_s": found["good"] / found["seconds"],
+        "mb_cpu_ms": 1e3 * cpu["used"] / max(1, found["good"]),
+        "waited_percent_mb": cpu["waited"],
+        "mb_failed": found["failed"],
+    }
 
 
 def memory(target: Target) -> Figures:
