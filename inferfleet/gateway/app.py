@@ -247,7 +247,7 @@ class Asked:
         self._count(exchange)
         if self.said and exchange.status == 200 and not exchange.broken_off and not record.error:
             self.said.first_token, self.said.seconds = exchange.first_byte, record.seconds
-            self.app.shadows.copy(exchange.route.model, exchange.request, self.said)
+            self.app.shadows.copy(exchange.route.model, record.pool, exchange.request, self.said)
 
     def _count(self, exchange: Exchange) -> None:
         record, metrics = self.record, self.app.core.metrics

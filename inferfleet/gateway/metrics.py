@@ -142,6 +142,17 @@ class Metrics(Collector):
         """The one object for this model's copies to this pool."""
         return _kept(self._shadows, (self._name(model), pool), ShadowSeries)
 
+    def by_pool(self, model: str) -> dict[str, dict[str, int]]:
+        """Requests for a model since the start, and those that failed on our side, by pool."""
+        found: dict[str, dict[str, int]] = {}
+        for (name, pool, _), series in self._series.items():
+            if name == model:
+                counts = found.setdefault(pool, {"requests": 0, "failed": 0})
+                counts["requests"] += series.codes.total()
+                failed = sum(n for code, n in series.codes.items() if code >= 500)
+                counts["failed"] += failed + series.cut
+        return found
+
     def expose(self) -> bytes:
         """The answer to a scrape, of type `CONTENT_TYPE`."""
         return _text(self._registry)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def private(worker: Worker) -> FastAPI:
     """Its pages; /docs describes them."""
     app = FastAPI(title="inferfleet gateway, private side")
-    core = worker.core
+    core, began = worker.core, time.time()
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -43,7 +43,8 @@ def private(worker: Worker) -> FastAPI:
     @app.get("/status")
     async def status() -> Response:
         """Pools, instances, weights and the use of keys in this worker."""
-        return Response(msgspec.json.encode(told(worker)), media_type="application/json")
+        state = {"began": began, **told(worker)}
+        return Response(msgspec.json.encode(state), media_type="application/json")
 
     @app.post("/drain")
     async def drain() -> dict[str, int]:
@@ -68,9 +69,9 @@ def private(worker: Worker) -> FastAPI:
         return set_draining(core, name, False)
 
     @app.get("/shadow")
-    async def shadow() -> Response:
+    async def shadow(samples: bool = False) -> Response:
         """How the answers of shadowed pools compare with those that clients got."""
-        return Response(worker.shadows.report(), media_type="application/json")
+        return Response(worker.shadows.report(samples), media_type="application/json")
 
     @app.put("/models/{name:path}/weights")
     async def weigh(name: str, weights: Annotated[dict[str, float], Body()]) -> dict[str, float]:
@@ -111,7 +112,12 @@ def told(worker: Worker) -> dict[str, Any]:
         "keys": worker.limits.usage(time.time()),
         "keys_problem": worker.keys.problem,
         "models": {
-            name: {"weights": route.weights, "queued": sum(len(p.waiting) for p in route.active)}
+            name: {
+                "weights": route.weights,
+                "configured": worker.config.models[name].pools,
+                "requests": core.metrics.by_pool(name),
+                "queued": sum(len(p.waiting) for p in route.active),
+            }
             for name, route in core.routes.items()
         },
         "pools": {
@@ -151,6 +157,7 @@ def set_weights(worker: Worker, name: str, weights: dict[str, float] | None) -> 
     route = worker.core.routes.get(name)
     if route is None:
         raise HTTPException(404, f"there is no model '{name}'")
+    worker.follow_weights()  # what another worker was told of other models is not to be lost
     wanted = dict(worker.config.models[name].pools) if weights is None else weights
     if unknown := [pool for pool in wanted if pool not in route.pools]:
         known = ", ".join(route.pools)

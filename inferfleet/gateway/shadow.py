@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from inferfleet.gateway.pool import give_back
+from inferfleet.gateway.request import BadRequest
 
 if TYPE_CHECKING:
     from starlette.types import Message, Send
 
     from inferfleet.gateway.config import Config
     from inferfleet.gateway.core import Core
+    from inferfleet.gateway.metrics import ShadowSeries
     from inferfleet.gateway.request import Request
 
 KEPT = 1000  # comparisons a report is made from
@@ -30,6 +32,8 @@ AT_ONCE = 32  # copies under way; further ones are dropped
 LONGEST = 1 << 20  # bytes of an answer that are compared
 COMPARED = 2000  # characters of a text whose likeness is computed
 _decode = msgspec.json.Decoder().decode
+Gist = tuple[str, str, tuple[str, ...]]  # text, reason of the end, names of the tools called
+NOTHING: Gist = ("", "", ())
 
 
 @dataclass(slots=True)
@@ -63,17 +67,40 @@ class Compared:
 class Copies:
     """The comparisons of one model with one pool."""
 
-    def __init__(self, pool: str, percent: float) -> None:
-        self.pool, self.percent = pool, percent
+    def __init__(self, pool: str, percent: float, series: ShadowSeries) -> None:
+        self.pool, self.percent, self.series = pool, percent, series
         self.asked = self.failed = self.dropped = 0
+        self.failure = ""  # why the last one failed
         self.compared: deque[Compared] = deque(maxlen=KEPT)
 
-    def report(self) -> dict[str, Any]:
-        """What an operator decides by: shares from 0 to 1, seconds."""
+    def fail(self, why: str) -> None:
+        """A copy that brought nothing to compare."""
+        self.failed += 1
+        self.failure = why
+        self.series.outcomes["failed"] += 1
+
+    def drop(self) -> None:
+        """A copy too many."""
+        self.dropped += 1
+        self.series.outcomes["dropped"] += 1
+
+    def keep(self, compared: Compared) -> None:
+        """A comparison; the oldest give way."""
+        self.compared.append(compared)
+        self.series.outcomes["answered"] += 1
+        self.series.seconds.observe(compared.seconds[1])
+
+    def report(self, samples: bool) -> dict[str, Any]:
+        """What an operator decides by: shares from 0 to 1, seconds.
+
+        With `samples`, the comparisons themselves, so that those of many workers can be merged.
+        """
         pairs = list(self.compared)
         numbers = {"asked": self.asked, "failed": self.failed, "dropped": self.dropped}
         found: dict[str, Any] = {"pool": self.pool, "percent": self.percent, **numbers}
-        found["compared"] = len(pairs)
+        found |= {"failure": self.failure, "compared": len(pairs)}
+        if samples:
+            return {**found, "samples": pairs}
         if not pairs:
             return found
         for name in ("same_text", "same_end", "same_tools"):
@@ -94,7 +121,11 @@ class Shadows:
     def __init__(self, core: Core, config: Config) -> None:
         self.core = core
         self.copies = {
-            name: Copies(model.shadow.pool, model.shadow.percent)
+            name: Copies(
+                model.shadow.pool,
+                model.shadow.percent,
+                core.metrics.shadow(name, model.shadow.pool),
+            )
             for name, model in config.models.items()
             if model.shadow
         }
@@ -105,27 +136,37 @@ class Shadows:
         copies = self.copies.get(model)
         return copies is not None and random.random() * 100 < copies.percent  # noqa: S311
 
-    def copy(self, model: str, request: Request, said: Said) -> None:
-        """Ask the other pool too, and compare with what the client was told."""
+    def copy(self, model: str, pool: str, request: Request, said: Said) -> None:
+        """Ask the other pool too, and compare with what the client was told by `pool`.
+
+        What the other pool itself answered says nothing, nor do answers that are no text.
+        """
         copies = self.copies[model]
-        if len(self.running) >= AT_ONCE:
-            copies.dropped += 1
+        if pool == copies.pool:
             return
-        copies.asked += 1
+        if len(self.running) >= AT_ONCE:
+            copies.drop()
+            return
         task = asyncio.get_running_loop().create_task(self._compare(copies, request, said))
         self.running.add(task)
         task.add_done_callback(self.running.discard)
 
     async def _compare(self, copies: Copies, request: Request, said: Said) -> None:
+        if (ours := gist(bytes(said.body))) == NOTHING:
+            return
+        copies.asked += 1
         try:
             async with asyncio.timeout(self.core.config.timeouts.whole):
                 other = await self._ask(copies.pool, request)
-        except (OSError, TimeoutError):
-            other = None
-        if other is None or other.status != 200:
-            copies.failed += 1
+        except (BadRequest, OSError, TimeoutError, msgspec.DecodeError) as error:
+            copies.fail(str(error) or type(error).__name__)
+            return
+        if other is None:
+            copies.fail("none of its instances can be asked")
+        elif other.status != 200:
+            copies.fail(f"status {other.status}")
         else:
-            copies.compared.append(compare(said, other))
+            copies.keep(compare(said, ours, other))
 
     async def _ask(self, name: str, request: Request) -> Said | None:
         pool, time = self.core.pools[name], self.core.time
@@ -139,11 +180,14 @@ class Shadows:
             call = request.call(pool.backend, pool.model)
             answer = await self.core.post(instance, call.path, call.body, {})
             said.status = answer.status
+            shape = call.shape if answer.status == 200 else None
             while data := await answer.some():
                 said.first_token = said.first_token or time() - since
-                said.keep(call.shape.feed(data) if call.shape and request.stream else data)
-            if call.shape and not request.stream:
-                said.body = bytearray(call.shape.whole(bytes(said.body)))
+                said.keep(shape.feed(data) if shape and request.stream else data)
+            if shape and request.stream:
+                said.keep(shape.end())
+            elif shape:
+                said.body = bytearray(shape.whole(bytes(said.body)))
         finally:
             if answer:
                 answer.close()
@@ -151,9 +195,10 @@ class Shadows:
         said.seconds = time() - since
         return said
 
-    def report(self) -> bytes:
+    def report(self, samples: bool) -> bytes:
         """All comparisons by model, as JSON."""
-        return msgspec.json.encode({name: copies.report() for name, copies in self.copies.items()})
+        found = {name: copies.report(samples) for name, copies in self.copies.items()}
+        return msgspec.json.encode(found)
 
 
 def listening_in(send: Send, said: Said) -> Send:
@@ -166,45 +211,78 @@ def listening_in(send: Send, said: Said) -> Send:
     return both
 
 
-def compare(ours: Said, theirs: Said) -> Compared:
-    """The numbers of a pair."""
-    (text, end, tools), (other, other_end, other_tools) = (
-        gist(bytes(said.body)) for said in (ours, theirs)
-    )
-    likeness = difflib.SequenceMatcher(None, text[:COMPARED], other[:COMPARED], autojunk=False)
+def compare(said: Said, ours: Gist, other: Said) -> Compared:
+    """The numbers of a pair; `ours` is the gist of what the client was told."""
+    (text, end, tools), (their_text, their_end, their_tools) = ours, gist(bytes(other.body))
+    likeness = difflib.SequenceMatcher(None, text[:COMPARED], their_text[:COMPARED], autojunk=False)
     return Compared(
-        first_token=(ours.first_token, theirs.first_token),
-        seconds=(ours.seconds, theirs.seconds),
-        same_text=text == other,
-        same_end=end == other_end,
-        same_tools=tools == other_tools,
-        likeness=1.0 if text == other else likeness.quick_ratio(),
-        length=len(other) / len(text) if text else float(not other),
+        first_token=(said.first_token, other.first_token),
+        seconds=(said.seconds, other.seconds),
+        same_text=text == their_text,
+        same_end=end == their_end,
+        same_tools=tools == their_tools,
+        likeness=1.0 if text == their_text else likeness.quick_ratio(),
+        length=len(their_text) / len(text) if text else float(not their_text),
     )
 
 
-def gist(body: bytes) -> tuple[str, str, int]:
-    """Text, reason of the end and number of tools called, of an answer in any format."""
-    text, end, tools = [], "", set()
-    for document in documents(body):
-        choice = (document.get("choices") or [document])[0]
+def gist(body: bytes) -> Gist:
+    """Text, reason of the end and tools called, of an answer in any format."""
+    text: list[str] = []
+    end, tools = "", set()
+    for each in documents(body):
+        choice = mapping(each.get("choices")) or each
         said = choice.get("delta") or choice.get("message") or choice
-        text.append(said.get("content") or said.get("text") or said.get("response") or "")
-        end = choice.get("finish_reason") or choice.get("done_reason") or end
-        for at, call in enumerate(said.get("tool_calls") or ()):
-            tools.add(call.get("index", at))
-    return "".join(part for part in text if isinstance(part, str)), str(end), len(tools)
+        text += words(said)
+        part = mapping(said) or choice
+        end = (
+            choice.get("finish_reason")
+            or choice.get("done_reason")
+            or part.get("stop_reason")
+            or end
+        )
+        calls = part.get("tool_calls")
+        for at, call in enumerate(calls if isinstance(calls, list) else ()):
+            if name := mapping(mapping(call).get("function")).get("name"):
+                tools.add((str(mapping(call).get("index", at)), str(name)))
+    return "".join(text), str(end), tuple(name for _, name in sorted(tools))
+
+
+def mapping(found: Any) -> dict[str, Any]:
+    """A JSON object, or the first of a list of them; else an empty one."""
+    if isinstance(found, list) and found:
+        found = found[0]
+    return found if isinstance(found, dict) else {}
+
+
+def words(said: Any) -> Iterator[str]:
+    """The text in a part of an answer, wherever its format puts it."""
+    if isinstance(said, str):
+        yield said
+    elif isinstance(said, list):
+        for part in said:
+            yield from words(part)
+    elif isinstance(said, dict):
+        for name in ("content", "text", "response", "output"):
+            yield from words(said.get(name))
 
 
 def documents(body: bytes) -> Iterator[dict[str, Any]]:
     """The JSON objects of a whole answer, of an event stream or of lines."""
+    if whole := document(body):
+        yield whole
+        return
     for line in body.splitlines():
-        try:
-            found = _decode(line.removeprefix(b"data:"))
-        except msgspec.DecodeError:
-            continue
-        if isinstance(found, dict):
-            yield found
+        yield document(line.removeprefix(b"data:"))
+
+
+def document(text: bytes | bytearray) -> dict[str, Any]:
+    """The JSON object that a text is; else an empty one."""
+    try:
+        found = _decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
