@@ -157,6 +157,8 @@ class Worker:
             weights = found.get(name, self.config.models[name].pools)
             if weights.keys() <= route.pools.keys():
                 route.weigh(dict(weights))
+        if any(found.get(name) == model.pools for name, model in self.config.models.items()):
+            self.keep_weights()  # the configuration says the same by now, and decides from here on
 
     async def _tend(self) -> None:
         """Keys and weights that changed, tokens to write down."""

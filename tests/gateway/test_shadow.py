@@ -153,3 +153,23 @@ def test_the_status_tells_requests_by_pool_and_both_weights(tmp_path):
             }
 
     run(body())
+
+
+def test_weights_set_by_hand_end_when_the_configuration_says_the_same(tmp_path):
+    """Or they would come back with the next change of the configuration."""
+    kept = tmp_path / "weights.json"
+    state = {"change": two({"p": 1, "new": 3}), "state": str(tmp_path)}
+
+    async def body():
+        kept.write_text('{"m": {"p": 1.0, "new": 3.0}, "gone": {"q": 1}}')
+        async with fleet(tmp_path, plain(), plain(), **state):
+            await until(lambda: kept.read_text() == "{}")
+        kept.write_text('{"m": {"p": 0, "new": 1}}')
+        async with fleet(tmp_path, plain(), plain(), **state) as found:
+            route = found.worker.core.routes["m"]
+            await until(lambda: route.weights == {"p": 0, "new": 1})
+            delete = f"http://127.0.0.1:{found.private}/models/m/weights"
+            assert (await found.client.delete(delete)).json() == {"p": 1, "new": 3}
+            assert kept.read_text() == "{}"
+
+    run(body())
