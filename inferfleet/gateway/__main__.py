@@ -60,23 +60,24 @@ def supervise(path: Path, state: Path | None) -> int:
 
 def reload(pid: int, state: Path | None) -> int:
     """Ask a gateway for new workers, and wait until they serve, if it says so anywhere."""
-    before = generation(state)
+    before = told(state)
     os.kill(pid, signal.SIGHUP)
     end = time.monotonic() + PATIENCE
-    while state and generation(state) == before:
-        if time.monotonic() > end:
+    while state and told(state)["generation"] == before["generation"]:
+        if told(state)["failures"] != before["failures"] or time.monotonic() > end:
             print("new workers did not come up; see the gateway's log", file=sys.stderr)
             return 1
         time.sleep(0.05)
     return 0
 
 
-def generation(state: Path | None) -> int:
-    """Which set of workers serves; 0: none yet."""
+def told(state: Path | None) -> dict[str, int]:
+    """How many sets of workers came up, and how many did not, as the supervisor says."""
     try:
-        return int(json.loads(state.read_text())["generation"]) if state else 0
-    except (OSError, ValueError, KeyError):
-        return 0
+        found = json.loads(state.read_text()) if state else {}
+    except (OSError, ValueError):
+        found = {}
+    return {name: int(found.get(name, 0)) for name in ("generation", "failures")}
 
 
 if __name__ == "__main__":

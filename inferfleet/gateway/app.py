@@ -163,8 +163,6 @@ class Asked:
         if key is None:
             raise Refused(401, "a valid API key is needed", "key")
         record.key = key.name
-        if app.core.draining:
-            raise Refused(503, "the gateway is being stopped", "draining", 1)
         body = await read(receive, self.headers, app.longest)
         record.bytes_in = len(body)
         request = self.front.parse(body)

@@ -26,7 +26,7 @@ from prometheus_client.registry import Collector
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _PREFIX = "inferfleet_gateway_"
 
-Refused = Literal["key", "model", "rate", "concurrency", "budget", "queue", "draining", "body"]
+Refused = Literal["key", "model", "rate", "concurrency", "budget", "queue", "body"]
 Ejected = Literal["passive", "probe", "hung"]
 Shadowed = Literal["answered", "failed", "dropped"]
 # seconds: to the first token and for all; between two chunks

@@ -6,9 +6,10 @@ import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
-from fastapi import Body, FastAPI, HTTPException, Response
+from fastapi import Body, Depends, FastAPI, HTTPException, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from inferfleet.gateway.config import loopback
 from inferfleet.gateway.pool import everyone
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def private(worker: Worker) -> FastAPI:
     """Its pages; /docs describes them."""
     app = FastAPI(title="inferfleet gateway, private side")
     core, began = worker.core, time.time()
+    orders = [Depends(from_here)]
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -46,24 +48,22 @@ def private(worker: Worker) -> FastAPI:
         state = {"began": began, **told(worker)}
         return Response(msgspec.json.encode(state), media_type="application/json")
 
-    @app.post("/drain")
+    @app.post("/drain", dependencies=orders)
     async def drain() -> dict[str, int]:
-        """Refuse new requests from now on; says how many are still under way."""
-        core.draining = True
+        """Let the whole gateway take no new connections; says what is under way in this worker.
+
+        A closed port is what balancers understand: they go on to the next gateway. A reload
+        opens it again.
+        """
+        worker.drain()
         return {"outstanding": len(core.live)}
 
-    @app.post("/undrain")
-    async def undrain() -> dict[str, int]:
-        """Take requests again."""
-        core.draining = False
-        return {"outstanding": len(core.live)}
-
-    @app.post("/instances/{name}/drain")
+    @app.post("/instances/{name}/drain", dependencies=orders)
     async def drain_instance(name: str) -> dict[str, int]:
         """Give an instance no new requests; says how many it still has."""
         return set_draining(core, name, True)
 
-    @app.post("/instances/{name}/undrain")
+    @app.post("/instances/{name}/undrain", dependencies=orders)
     async def undrain_instance(name: str) -> dict[str, int]:
         """Give an instance requests again."""
         return set_draining(core, name, False)
@@ -73,17 +73,24 @@ def private(worker: Worker) -> FastAPI:
         """How the answers of shadowed pools compare with those that clients got."""
         return Response(worker.shadows.report(samples), media_type="application/json")
 
-    @app.put("/models/{name:path}/weights")
+    @app.put("/models/{name:path}/weights", dependencies=orders)
     async def weigh(name: str, weights: Annotated[dict[str, float], Body()]) -> dict[str, float]:
         """Send a model's requests to its pools by these weights, until a restart or DELETE."""
         return set_weights(worker, name, weights)
 
-    @app.delete("/models/{name:path}/weights")
+    @app.delete("/models/{name:path}/weights", dependencies=orders)
     async def unweigh(name: str) -> dict[str, float]:
         """Go back to the weights of the configuration."""
         return set_weights(worker, name, None)
 
     return app
+
+
+def from_here(request: Request) -> None:
+    """Orders are taken from the gateway's own host alone: this side has no keys."""
+    client, server = request.scope["client"], request.scope["server"]
+    if not client or not server or (client[0] != server[0] and not loopback(client[0])):
+        raise HTTPException(403, "orders are taken from the gateway's own host alone")
 
 
 def can_serve(core: Core) -> bool:

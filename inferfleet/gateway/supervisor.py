@@ -8,6 +8,7 @@ are started again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -44,7 +45,8 @@ class Supervisor:
         self.privates: list[socket.socket] = []
         self.bind(config)
         self.children: set[Child] = set()
-        self.generation = 0
+        self.generation = self.failures = 0
+        self.drained = False
         self.stopping = asyncio.Event()
         self.changes = asyncio.Lock()
         self.tasks: set[asyncio.Task[None]] = set()
@@ -55,13 +57,15 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stopping.set)
         loop.add_signal_handler(signal.SIGHUP, lambda: self.keep(self.reload()))
-        loop.add_signal_handler(signal.SIGUSR1, self.reopen_logs)
+        loop.add_signal_handler(signal.SIGUSR1, lambda: self.tell(signal.SIGUSR1))
+        loop.add_signal_handler(signal.SIGUSR2, self.drain)
         if not await self.replace():
             await self.retire(set(self.children))
             return 1
         notify("READY=1")
         await self.stopping.wait()
         notify("STOPPING=1")
+        self.public.close()  # else the kernel goes on to take connections for nobody
         await self.retire(set(self.children))
         return 0
 
@@ -72,6 +76,8 @@ class Supervisor:
             try:
                 config = load(self.path)
                 self.bind(config)
+                if self.drained:
+                    self.public, self.drained = listening(config.listen), False
             except ConfigError as error:
                 LOG.error("%s; the configuration from before stays in force", error)
             else:
@@ -88,6 +94,8 @@ class Supervisor:
         new = {child for child in started if child}
         if len(new) < self.config.workers:
             LOG.error("new workers did not come up; the old ones go on")
+            self.failures += 1
+            self.publish()
             await self.retire(new)
             return False
         self.generation += 1
@@ -99,7 +107,7 @@ class Supervisor:
         """One worker, ready to serve; None when it died or was too slow."""
         mine, its = os.pipe()
         public, private = self.public.fileno(), self.privates[slot].fileno()
-        argv = [sys.executable, "-m", "inferfleet.gateway", "--config", str(self.path), "--worker"]
+        argv = [interpreter(), "-m", "inferfleet.gateway", "--config", str(self.path), "--worker"]
         argv += [f"{slot},{public},{private},{its}"]
         inherited = (public, private, its)
         process = await asyncio.create_subprocess_exec(*argv, pass_fds=inherited)
@@ -124,7 +132,7 @@ class Supervisor:
         """Start another when it dies by itself."""
         code = await child.process.wait()
         self.children.discard(child)
-        if child.retired or self.stopping.is_set():
+        if child.retired or self.drained or self.stopping.is_set():
             return
         LOG.error("worker %d ended by itself (%d); starting another", child.process.pid, code)
         await asyncio.sleep(PAUSE)
@@ -145,10 +153,17 @@ class Supervisor:
                 child.process.terminate()
         return self.retired(children)
 
-    def reopen_logs(self) -> None:
-        """Tell all workers that their log was moved away."""
+    def drain(self) -> None:
+        """Close the port; what is under way ends. A reload opens it again."""
+        self.drained = True
+        self.public.close()
+        self.tell(signal.SIGUSR2)
+
+    def tell(self, number: signal.Signals) -> None:
+        """Pass a signal on to all workers: reopen logs, or take no new connections."""
         for child in self.children:
-            child.process.send_signal(signal.SIGUSR1)
+            with contextlib.suppress(ProcessLookupError):
+                child.process.send_signal(number)
 
     def keep(self, work: Coroutine[None, None, None]) -> None:
         """Run it beside; a task that nobody holds may vanish."""
@@ -161,8 +176,15 @@ class Supervisor:
         if self.state:
             pids = [child.process.pid for child in self.children if not child.retired]
             new = self.state.with_suffix(".new")
-            new.write_text(json.dumps({"generation": self.generation, "workers": pids}))
+            told = {"generation": self.generation, "failures": self.failures, "workers": pids}
+            new.write_text(json.dumps(told))
             new.replace(self.state)
+
+
+def interpreter() -> str:
+    """This Python where it lies now: a link to the environment may point elsewhere tomorrow."""
+    found = Path(sys.executable)
+    return str(found.parent.resolve() / found.name)
 
 
 def listening(text: str) -> socket.socket:

@@ -81,6 +81,7 @@ class Worker:
         self.public = server(self.app)
         self.private = server(private(self))
         self.stopping = asyncio.Event()
+        self.parent = 0  # the supervisor to tell of orders that concern all workers
 
     async def run(self, public: socket.socket, private: socket.socket, ready: int | None) -> None:
         """Serve on these sockets until told to stop, then let requests end."""
@@ -88,6 +89,7 @@ class Worker:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stopping.set)
         loop.add_signal_handler(signal.SIGUSR1, self.log.reopen)
+        loop.add_signal_handler(signal.SIGUSR2, self.leave)
         await self.core.open()
         if self.tokens:
             self.limits.load(self.tokens, time.time())
@@ -111,6 +113,20 @@ class Worker:
         self.log.close()
         if self.tracer:
             self.tracer.close()
+
+    def drain(self) -> None:
+        """Let all workers take no new connections."""
+        self.leave()
+        if self.parent:
+            os.kill(self.parent, signal.SIGUSR2)
+
+    def leave(self) -> None:
+        """Take no new connections; requests under way end, and the private side stays."""
+        self.core.draining = True
+        for listener in self.public.servers:
+            listener.close()
+        for connection in tuple(self.public.server_state.connections):
+            connection.shutdown()
 
     async def _started(self) -> None:
         while not (self.public.started and self.private.started):
@@ -245,5 +261,6 @@ def main(path: str, slot: int, public: int, private: int, ready: int | None) -> 
     keep_memory()
     end_with_parent()
     worker = Worker(load(Path(path)), slot)
+    worker.parent = os.getppid()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(worker.run(socket.socket(fileno=public), socket.socket(fileno=private), ready))

@@ -18,7 +18,10 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import HTTPException, Request
 from relaykit import DONE, KEY, Engine, event, run, settings, stream, until
+
+from inferfleet.gateway.private import from_here
 
 EVENTS = [event(str(number)) for number in range(10)] + [DONE]
 PROGRAM = (sys.executable, "-m", "inferfleet.gateway")
@@ -155,8 +158,11 @@ def test_workers_that_do_not_come_up_leave_the_old_ones(tmp_path: Path) -> None:
         async with gateway(tmp_path, Engine()) as found:
             before = found.workers
             found.write(log=str(tmp_path / "no" / "such" / "folder"))
-            found.process.send_signal(signal.SIGHUP)
-            await asyncio.sleep(2)
+            async with asyncio.timeout(20):
+                assert await found.reload() == (
+                    1,
+                    "new workers did not come up; see the gateway's log\n",
+                )
             assert found.workers == before
             assert (await found.chat()).status_code == 200
 
@@ -201,6 +207,41 @@ def test_a_stream_longer_than_the_drain_ends_with_an_error_event(tmp_path: Path)
             assert await found.process.wait() == 0
 
     run(body())
+
+
+def test_a_drained_gateway_closes_its_port_until_it_is_reloaded(tmp_path: Path) -> None:
+    async def body() -> None:
+        engine = Engine(stream(*EVENTS, gap=0.05))
+        async with gateway(tmp_path, engine, workers=2) as found:
+            private = f"http://127.0.0.1:{found.private}"
+            asked = [asyncio.create_task(found.chat(stream=True)) for _ in range(6)]
+            await until(lambda: len(engine.prompts) == 6)
+            await found.client.post(f"{private}/drain")
+            await until(lambda: refuses(found.port))
+            answers = await asyncio.gather(*asked)
+            assert {answer.content for answer in answers} == {b"".join(EVENTS)}
+            status = (await found.client.get(f"{private}/status")).json()
+            assert (status["draining"], status["outstanding"]) == (True, 0)
+            assert (await found.reload())[0] == 0
+            assert (await found.chat(stream=True)).status_code == 200
+
+    run(body())
+
+
+def refuses(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def test_orders_from_other_hosts_are_refused() -> None:
+    scope = {"client": ("192.0.2.7", 5000), "server": ("192.0.2.8", 9400)}
+    with pytest.raises(HTTPException, match="403"):
+        from_here(Request({"type": "http", **scope}))
+    from_here(Request({"type": "http", **scope, "client": ("192.0.2.8", 5000)}))
+    from_here(Request({"type": "http", **scope, "client": ("127.0.0.1", 5000)}))
 
 
 def test_workers_end_with_a_killed_supervisor(tmp_path: Path) -> None:
