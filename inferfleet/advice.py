@@ -143,7 +143,8 @@ def recommend(gpu: GpuSpec, count: int, users: int, context: int, task: str) -> 
     found = capacity.recommend(gpu, count=count, users=users, context=context, task=task)
     larger, gained = capacity.next_larger(gpu), None
     if larger:
-        more = capacity.recommend(larger, count=count, users=users, context=context, task=task)
+        several = max(1, count * gpu.memory // larger.memory) if gpu.mig else count
+        more = capacity.recommend(larger, count=several, users=users, context=context, task=task)
         gained = next(iter(more), None)
     return Advice(f"{count} x {gpu.name}", gpu, found, larger, gained)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from inferfleet import addresses, outlook, plan, sizing
+from inferfleet import addresses, capacity, outlook, plan, sizing
 from inferfleet.capacity import CapacityError
 from inferfleet.model import Deployment, Host, Inventory, Phase, Plan
 from inferfleet.roles import Library
@@ -26,6 +26,7 @@ def check(inventory: Inventory, library: Library) -> Iterator[Fault]:
         yield from _gpus(inventory, phase)
         yield from _packed(inventory, phase, library)
         built = plan.build(inventory, phase, library)
+        yield from _slices(built)
         yield from addresses.listening(built)
         yield from _ports(built, library)
         yield from _roles(built, library)
@@ -134,6 +135,22 @@ def _claims(host: Host, deployments: list[Deployment], phase: Phase) -> Iterator
             if first != claim.deployment:
                 said = f"GPU {gpu} of {host.name} is claimed by '{first}' too (phase {phase.name})"
                 yield Fault((*here, "gpus"), said)
+
+
+def _slices(built: Plan) -> Iterator[Fault]:
+    """Instances over several MIG slices, one fault for each deployment."""
+    told = set()
+    for instance in built.instances():
+        own, name = instance.host.gpus, instance.deployment.name
+        cut = [own[n].model for n in instance.gpus if 0 <= n < len(own) and own[n].mig]
+        if cut and len(instance.gpus) > 1 and name not in told:
+            told.add(name)
+            said = (
+                f"{len(instance.gpus)} GPUs for each instance, and {instance.host.name} has "
+                f"{cut[0]} for them (phase {built.phase.name}): {capacity.ONE_SLICE}. Take "
+                "gpus_per_instance: 1 with a larger slice or a smaller model, or whole GPUs"
+            )
+            yield Fault(("deployments", name, "gpus_per_instance"), said)
 
 
 def _ports(built: Plan, library: Library) -> Iterator[Fault]:

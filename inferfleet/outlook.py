@@ -111,6 +111,8 @@ def judge(instance: Instance, inventory: Inventory) -> Judgement:
     models = _gpus(instance)
     if len(models) < len(instance.gpus):
         return Judgement("unknown", "the host has fewer GPUs")
+    if len(models) > 1 and any(instance.host.gpus[index].mig for index in instance.gpus):
+        return Judgement("unknown", capacity.ONE_SLICE)
     try:
         known = sizing.shape(instance.deployment.model, folder)
         gpu = sizing.smallest_gpu(models) if models else None

@@ -61,9 +61,10 @@ def _requests(inventory: Inventory, phase: Phase, single: AbstractSet[str]) -> I
 
 
 def _site(host: Host, taken: AbstractSet[int]) -> Site:
-    """Neighbours are GPUs of one model and one island."""
-    islands: dict[tuple[str, int], list[int]] = {}
+    """Neighbours are GPUs of one model and one island; a MIG slice has none."""
+    islands: dict[tuple[str, int, str], list[int]] = {}
     for gpu in host.gpus:
         if gpu.index not in taken:
-            islands.setdefault((gpu.model, gpu.island), []).append(gpu.index)
+            alone = gpu.name if gpu.mig else ""
+            islands.setdefault((gpu.model, gpu.island, alone), []).append(gpu.index)
     return Site(host.name, tuple(map(tuple, islands.values())))

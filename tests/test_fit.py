@@ -303,3 +303,47 @@ def test_a_broken_calibration_is_a_problem(tmp_path: Path, text: str) -> None:
     project = fleet(tmp_path)
     (project.folder / calibration.FILE).write_text(text)
     assert "calibration.json: is not what verify wrote" in refused(project)
+
+
+def cut(folder: Path, *profiles: str, **settings) -> Project:
+    """The same on one H200 that is cut into slices."""
+    project = fleet(folder, **settings)
+    path = Path(project.folder) / "fleet.yml"
+    whole = yaml.safe_load(path.read_text(encoding="utf-8"))
+    whole["hosts"]["h"]["gpus"] = [{"model": "H200", "mig": list(profiles)}]
+    path.write_text(yaml.safe_dump(whole, sort_keys=False), encoding="utf-8")
+    return Project(project.folder)
+
+
+def test_slices_are_predicted_one_by_one(tmp_path: Path) -> None:
+    own = {"instances_per_host": 2}
+    project = cut(tmp_path, "3g.71gb", "3g.71gb", own=own, max_model_len=16384)
+    (found,) = outlook.outlooks(project.plan("p"), project.inventory)
+    assert (found.gpu, found.instances) == ("1 x H200 MIG 3g.71gb", 2)
+    alone = capacity.Setup(
+        capacity.model(LLAMA_8B["repository"]),
+        capacity.gpu("H200 MIG 3g.71gb"),
+        context=16384,
+        version=instance(project).options["version"],
+    )
+    assert found.judgement.verdict == "fits"
+    assert found.judgement.requests == capacity.carried(capacity.predict(alone))
+
+
+def test_what_is_too_large_for_a_slice_is_refused_without_splitting_it(tmp_path: Path) -> None:
+    said = refused(cut(tmp_path, "1g.18gb", "1g.18gb", max_model_len=8192))
+    assert "does not fit on 1 x H200 MIG 1g.18gb of h (phase p): the weights alone" in said
+    assert said.endswith("Smallest change: use fp8 weights (quantization: fp8)")
+
+
+@pytest.mark.parametrize("own", [{}, {"engine": "ollama"}, {"instances": 1}])
+def test_an_instance_over_two_slices_is_refused_with_a_remedy(tmp_path: Path, own) -> None:
+    asked = {"gpus_per_instance": 2, **own}
+    said = refused(cut(tmp_path, "3g.71gb", "3g.71gb", own=asked))
+    assert "deployments.d.gpus_per_instance: 2 GPUs for each instance, and h has H200 MIG" in said
+    assert "gpus_per_instance: 1 with a larger slice or a smaller model, or whole GPUs" in said
+
+
+def test_a_profile_that_is_in_no_table_is_not_predicted(tmp_path: Path) -> None:
+    project = cut(tmp_path, "2g.70gb")
+    assert "no MIG profile '2g.70gb' of H200; it has 1g.18gb" in judged(project).reason

@@ -26,16 +26,17 @@ from inferfleet.capacity.dimensions import (
     Latent,
     Recurrent,
 )
-from inferfleet.capacity.gpus import GIB, GpuSpec, gpu, gpus, with_memory
+from inferfleet.capacity.gpus import GIB, GpuSpec, gpu, gpus, slices, with_memory
 from inferfleet.capacity.ollama import OllamaPrediction, predict_ollama
 from inferfleet.capacity.placement import Layout, Request, Site, Spot, cost, place
-from inferfleet.capacity.predict import Memory, Prediction, Setup, correction, predict
+from inferfleet.capacity.predict import ONE_SLICE, Memory, Prediction, Setup, correction, predict
 from inferfleet.capacity.quantization import Quantization, quantization
 from inferfleet.capacity.remedy import Remedy, remedies, smallest_change
 from inferfleet.capacity.roofline import Bounds, bounds
 
 __all__ = [
     "GIB",
+    "ONE_SLICE",
     "Bounds",
     "CapacityError",
     "Dimensions",
@@ -77,6 +78,7 @@ __all__ = [
     "recommend_ollama",
     "remedies",
     "size",
+    "slices",
     "smallest_change",
     "with_memory",
 ]

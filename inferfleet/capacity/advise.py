@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from inferfleet.capacity.catalogue import models
 from inferfleet.capacity.dimensions import CapacityError, Dimensions
-from inferfleet.capacity.gpus import GIB, GpuSpec, gpus
+from inferfleet.capacity.gpus import GIB, GpuSpec, gpus, slices
 from inferfleet.capacity.ollama import OllamaPrediction, predict_ollama
 from inferfleet.capacity.predict import Prediction, Setup, predict
 from inferfleet.capacity.quantization import quantization
@@ -221,10 +221,12 @@ def recommend_ollama(
 
 
 def next_larger(gpu: GpuSpec) -> GpuSpec | None:
-    """The catalogue's GPU of the same maker with the next more memory and no older design."""
+    """The catalogue's GPU of the same maker with the next more memory and no older design; of a
+    MIG slice the next larger slice."""
+    wider = [each for each in slices(gpu.name) if each.memory > gpu.memory * 1.2]
     larger = [
         each
-        for each in gpus().values()
+        for each in (wider if gpu.mig else gpus().values())
         if each.memory > gpu.memory * 1.2
         and each.vendor == gpu.vendor
         and each.capability >= gpu.capability

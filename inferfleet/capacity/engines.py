@@ -149,7 +149,8 @@ def batch_defaults(
     prefill, not with sliding windows) 512, since 0.6.5 2048. V1: 2048 and 256 serving (8192
     offline); with 70 GiB or more, except A100 since 0.9 and GB10, 8192 (16384) and 1024; since
     0.28 16384 with 160 GiB or more. Before 0.8.5 H100 and H200 were told by name, and before 0.8.4
-    all had 1024 sequences. Source: vllm/engine/arg_utils.py, vllm/config.py by version.
+    all had 1024 sequences. A MIG slice gets the smallest, however large: a container may not ask
+    NVML for its GPU's memory. Source: vllm/engine/arg_utils.py, vllm/config.py by version.
     """
     number, offline = rule.release.number, usage == "offline"
     if rule.generation == "V0":
@@ -165,6 +166,8 @@ def _v1_defaults(number: tuple[int, int, int], gpu: GpuSpec) -> tuple[int, int]:
     if number < (0, 8, 5):
         hopper = gpu.name.startswith(("H100", "H200")) and number >= (0, 7)
         return (1024 if hopper or number < (0, 8, 4) else 256), (8192 if hopper else 2048)
+    if gpu.mig:
+        return 256, 2048
     a100 = gpu.name.startswith("A100") and number >= (0, 9)
     if gpu.driver_bytes >= 160 * GIB and number >= (0, 28):
         return 1024, 16384

@@ -1,4 +1,7 @@
-"""The GPU catalogue: memory as the driver reports it, capability, bandwidth and compute."""
+"""The GPU catalogue: memory as the driver reports it, capability, bandwidth and compute.
+
+A MIG slice is a GPU of its own, named as its driver does: `H200 MIG 3g.71gb`.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,8 @@ from inferfleet.capacity.quantization import FORMATS, Quantization
 GIB = 1 << 30
 MIB = 1 << 20
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_SLICE = re.compile(r"(.+?)\s+MIG\s+(\S+)", re.IGNORECASE)
+_ENGINES = re.compile(r"[+-](me|me\.all|gfx)$")  # of a profile's name
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +30,8 @@ class GpuSpec:
 
     `memory` is bytes as CUDA reports them (less than the label), `driver_memory` as nvidia-smi
     does; `bandwidth` bytes a second; `bf16_flops` dense operations a second, and `fp8_flops`
-    where it has them. `peers` is how GPUs of one host talk: "nvlink" or "pcie".
+    where it has them. `peers` is how GPUs of one host talk: "nvlink", "pcie", or "none" as MIG
+    slices do, of which `mig` is the profile.
     """
 
     name: str
@@ -40,6 +46,7 @@ class GpuSpec:
     rough: str = ""
     aliases: tuple[str, ...] = ()
     source: str = ""
+    mig: str = ""
 
     @property
     def driver_bytes(self) -> int:
@@ -102,17 +109,61 @@ def _index() -> dict[str, GpuSpec]:
 
 
 def gpu(name: str, memory: int | None = None) -> GpuSpec:
-    """The GPU of that name, as people or nvidia-smi write it.
+    """The GPU of that name, or the MIG slice, as people or nvidia-smi write it.
 
     `memory` (bytes, as CUDA reports it) replaces the catalogue's. Raises CapacityError with a
     near name when there is none.
     """
+    cut = _SLICE.fullmatch(name)
+    found = _slice(_whole(cut[1]), cut[2]) if cut else _whole(name)
+    return found if memory is None else with_memory(found, memory)
+
+
+def _whole(name: str) -> GpuSpec:
     found = _index().get(_key(name))
     if found is None:
         near = get_close_matches(_key(name), list(_index()), 1)
         hint = f"; did you mean {_index()[near[0]].name}?" if near else ""
         raise CapacityError(f"unknown GPU {name!r}{hint}")
-    return found if memory is None else with_memory(found, memory)
+    return found
+
+
+@cache
+def _cuts() -> dict[str, dict[str, Any]]:
+    return dict(read_data("slices.yaml"))
+
+
+@cache
+def _slice(whole: GpuSpec, profile: str) -> GpuSpec:
+    """A slice: its own memory, bandwidth by its parts of the memory, arithmetic by its SMs."""
+    table = _cuts().get(whole.name)
+    if table is None:
+        raise CapacityError(f"no MIG slices of {whole.name} are in the catalogue")
+    row = table["slices"].get(_ENGINES.sub("", profile.lower()))
+    if row is None:
+        known = ", ".join(table["slices"])
+        raise CapacityError(f"no MIG profile {profile!r} of {whole.name}; it has {known}")
+    memory, share = round(row[0] * GIB), row[1] / table["sms"]
+    return replace(
+        whole,
+        name=f"{whole.name} MIG {profile.lower()}",
+        memory=memory,
+        driver_memory=memory,
+        bandwidth=whole.bandwidth * row[2] / table["parts"],
+        bf16_flops=whole.bf16_flops * share,
+        fp8_flops=whole.fp8_flops * share,
+        peers="none",
+        aliases=(),
+        source="nvidia-smi mig -lgip; NVIDIA's MIG user guide",
+        mig=profile.lower(),
+    )
+
+
+def slices(name: str) -> tuple[GpuSpec, ...]:
+    """The MIG slices that a GPU, or the GPU that a slice is of, can be cut into; () for none."""
+    whole = _whole(name.partition(" MIG ")[0])
+    profiles = _cuts().get(whole.name, {"slices": ()})["slices"]
+    return tuple(_slice(whole, profile) for profile in profiles)
 
 
 def with_memory(spec: GpuSpec, memory: int) -> GpuSpec:

@@ -9,6 +9,7 @@ from inferfleet.capacity.gpus import GIB, MIB
 from inferfleet.capacity.shard import Shard
 
 _PEERS = {  # GiB a rank, by tensor parallel size: NCCL and all-reduce buffers
+    "none": {1: 0.07},
     "pcie": {1: 0.07, 2: 0.3, 4: 0.4, 8: 0.8},
     "nvlink": {1: 0.07, 2: 0.8, 4: 1.0, 8: 2.0},
 }

@@ -14,6 +14,10 @@ from inferfleet.capacity.shard import Shard, shard
 
 Verdict = Literal["fits", "tight", "does not fit"]
 ROUGH = 0.15  # how far an estimate outside the known ground may be off
+ONE_SLICE = (  # source: NVIDIA's MIG user guide, application considerations
+    "an instance takes one MIG slice: CUDA shows a process no second one, and slices have neither "
+    "NVLink nor peer access"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +180,8 @@ def _check(setup: Setup, fixed: Shard) -> None:
         raise CapacityError(f"{gpu.name}: GPU memory must be positive, not {gpu.memory} bytes")
     if utilization is not None and not 0 < utilization <= 1:
         raise CapacityError(f"memory utilization must be above 0 and at most 1, not {utilization}")
+    if gpu.mig and setup.tensor_parallel * setup.pipeline_parallel > 1:
+        raise CapacityError(f"{gpu.name}: {ONE_SLICE}")
     if gpu.vendor == "nvidia" and gpu.capability < fixed.weights.capability:
         need = "{}.{}".format(*fixed.weights.capability)
         have = "{}.{}".format(*gpu.capability)
