@@ -15,6 +15,7 @@ from inferfleet import __version__
 from inferfleet.cli.capacity import fit, recommend, size
 from inferfleet.cli.clients import clients
 from inferfleet.cli.command import CUT, USAGE
+from inferfleet.cli.cutover import cutover
 from inferfleet.cli.hosts import discover, doctor, plan, provision, trust, verify
 from inferfleet.cli.inventories import check, init, render, schema
 from inferfleet.cli.load import bench
@@ -32,6 +33,7 @@ namespace = Collection(
     recommend,
     size,
     bench,
+    cutover,
     clients,
     schema,
     trust,

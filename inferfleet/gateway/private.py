@@ -106,7 +106,7 @@ def observe(core: Core) -> None:
         series = core.metrics.instance(instance.name)
         series.outstanding, series.up = instance.outstanding, instance.usable(now)
     for name, route in core.routes.items():
-        core.metrics.model(name).queued = sum(len(p.waiting) for p in route.active)
+        core.metrics.model(name).queued = route.queued()
 
 
 def told(worker: Worker) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def told(worker: Worker) -> dict[str, Any]:
                 "weights": route.weights,
                 "configured": worker.config.models[name].pools,
                 "requests": core.metrics.by_pool(name),
-                "queued": sum(len(p.waiting) for p in route.active),
+                "queued": route.queued(),
             }
             for name, route in core.routes.items()
         },
@@ -171,6 +171,11 @@ def set_weights(worker: Worker, name: str, weights: dict[str, float] | None) -> 
         raise HTTPException(422, f"'{unknown[0]}' is no pool of '{name}'; it has {known}")
     if any(weight < 0 for weight in wanted.values()) or not any(wanted.values()):
         raise HTTPException(422, "weights are 0 or more, and one at least is more")
+    before = route.weights
     route.weigh(wanted)
-    worker.keep_weights()
+    try:
+        worker.keep_weights()
+    except OSError as error:  # weights that only this worker has, and until it ends, are no use
+        route.weigh(before)
+        raise HTTPException(500, f"{worker.weights}: {(error.strerror or '').lower()}") from None
     return wanted
