@@ -40,13 +40,13 @@ class Target:
 
     def load(self, wanted: Load) -> tuple[dict[str, Any], Figures]:
         """What the load generator found; CPU `used` (s) and `waited` for (% of both)."""
-        before = self._cpu()
+        if self.process is None:
+            return load(self.port, KEY, wanted), {"used": 0.0, "waited": 0.0}
+        spent, before = self.process.cpu(), self.process.waited()
         found = load(self.port, KEY, wanted)
-        used, waited = (now - then for now, then in zip(self._cpu(), before, strict=True))
+        used, after = self.process.cpu() - spent, self.process.waited()
+        waited = sum(then - before.get(thread, 0.0) for thread, then in after.items())
         return found, {"used": used, "waited": 100 * waited / max(1e-9, used + waited)}
-
-    def _cpu(self) -> tuple[float, float]:
-        return self.process.cpu() if self.process else (0.0, 0.0)
 
 
 def body(system: str = SYSTEM, question: str = QUESTION, stream: bool = False) -> bytes:

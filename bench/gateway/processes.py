@@ -68,7 +68,7 @@ class Running:
                 stdout=subprocess.PIPE if pipe else to,
                 stderr=to,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, **(env or {})},
+                env={**os.environ, **(env or {}), "PYTHONDONTWRITEBYTECODE": ""},
                 start_new_session=True,  # Ctrl-C is ours to pass on
                 preexec_fn=lambda: pinned(core, nice),
             )
@@ -95,11 +95,16 @@ class Running:
                 wanted += [int(word) for word in read(children).split()]
         return found
 
-    def cpu(self) -> tuple[float, float]:
-        """Seconds of CPU used so far, and waited for it, by all threads that live."""
+    def cpu(self) -> float:
+        """Seconds of CPU used so far, threads that have ended included."""
+        stats = [read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split() for pid in self.pids]
+        ticks = sum(int(fields[11]) + int(fields[12]) for fields in stats if fields)
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def waited(self) -> dict[str, float]:
+        """Seconds for which each living thread was ready but had no core."""
         accounts = [a for pid in self.pids for a in Path(f"/proc/{pid}/task").glob("*/schedstat")]
-        spent = [(read(account) or "0 0").split() for account in accounts]
-        return sum(int(s[0]) for s in spent) / 1e9, sum(int(s[1]) for s in spent) / 1e9
+        return {str(a): int((read(a) or "0 0").split()[1]) / 1e9 for a in accounts}
 
     def memory(self) -> tuple[float, float]:
         """MB resident now and at most, of the largest of the processes."""
