@@ -19,6 +19,7 @@ from inferfleet.yamlparse import BOOL, CORE, FLOAT, INT, MAP, MERGE, NULL, SEQ, 
 Keys = Sequence[str | int]
 
 _SECRETS = ("!env", "!file", "!cmd", "!vault")
+_OCTAL = re.compile(r"[-+]?0[0-7_]*[1-7][0-7_]*")  # 010: 8 in YAML 1.1, 10 in YAML 1.2
 _constructor = SafeConstructor()
 
 
@@ -119,6 +120,8 @@ class Builder:
         if not math.isfinite(value) or not -(2**63) <= value < 2**64:
             self.note(node, f"{_brief(node.value)} is out of range; if it is text, quote it")
             return str(node.value)
+        if node.tag == INT and not node.style and _OCTAL.fullmatch(node.value):
+            self.note(node, _two_readings(node.value, value))
         return value
 
     def secret(self, node: ScalarNode) -> Secret:
@@ -158,6 +161,12 @@ def _meaning(node: ScalarNode, value: object) -> str:
 
 def _brief(text: str) -> str:
     return text if len(text) <= 40 else f"{text[:36]}... ({len(text)} characters)"
+
+
+def _two_readings(text: str, octal: float) -> str:
+    decimal = int(text.replace("_", ""))
+    said = f"{text} is {octal} in YAML 1.1 (octal) and {decimal} in YAML 1.2: write "
+    return said + f'{decimal} or {octal} as meant, or "{text}" if it is text'
 
 
 def plain_value(node: ScalarNode) -> bool | int | float:
