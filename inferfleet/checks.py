@@ -22,7 +22,11 @@ def check(inventory: Inventory, library: Library) -> Iterator[Fault]:
     yield from _heads(inventory)
     yield from _shapes(inventory)
     for phase in inventory.phases.values():
-        yield from _places(inventory, phase)
+        yield from _local(inventory, phase)
+        homeless = list(_places(inventory, phase))
+        yield from homeless
+        if homeless:
+            continue  # what would follow has its cause there
         yield from _gpus(inventory, phase)
         yield from _packed(inventory, phase, library)
         built = plan.build(inventory, phase, library)
@@ -63,23 +67,43 @@ def _shapes(inventory: Inventory) -> Iterator[Fault]:
                     yield Fault(("models", model.name, key), str(error))
 
 
+def _local(inventory: Inventory, phase: Phase) -> Iterator[Fault]:
+    local = [n for n in phase.hosts if inventory.hosts[n].connection == "local"]
+    if local and len(phase.hosts) > 1:
+        said = f"'{local[0]}' is this machine; other hosts cannot reach what listens on loopback"
+        yield Fault(("phases", phase.name, "hosts"), said)
+
+
 def _places(inventory: Inventory, phase: Phase) -> Iterator[Fault]:
     here = ("phases", phase.name)
     if not phase.hosts:
         yield Fault((*here, "hosts"), "names no host: no host is in these groups yet")
+        return
+    yield from _empty(phase)
+    yield from _elsewhere(inventory, phase)
+
+
+def _elsewhere(inventory: Inventory, phase: Phase) -> Iterator[Fault]:
+    """Deployments on none of the phase's hosts; those with the same hosts in one fault."""
+    alike: dict[tuple[str, ...], list[tuple[int, str]]] = defaultdict(list)
     for index, name in enumerate(phase.deployments):
         deployment = inventory.deployments.get(name)
-        if deployment and phase.hosts and not set(deployment.hosts) & set(phase.hosts):
-            said = f"'{name}' runs on none of the phase's hosts; its own are "
-            said += ", ".join(deployment.hosts[:5]) or "none"
-            yield Fault((*here, "deployments", index), said)
-    for placement in phase.placements:
-        if not placement.hosts:
-            yield Fault((*here, "roles", placement.role, "hosts"), "names no host of the phase")
-    local = [n for n in phase.hosts if inventory.hosts[n].connection == "local"]
-    if local and len(phase.hosts) > 1:
-        said = f"'{local[0]}' is this machine; other hosts cannot reach what listens on loopback"
-        yield Fault((*here, "hosts"), said)
+        if deployment and not set(deployment.hosts) & set(phase.hosts):
+            alike[deployment.hosts].append((index, name))
+    for hosts, ((index, name), *others) in alike.items():
+        also = "".join(f", nor does '{other}'" for _, other in others)
+        said = f"'{name}' runs on none of the phase's hosts{also}; its own are "
+        said += ", ".join(hosts[:5]) or "none"
+        yield Fault(("phases", phase.name, "deployments", index), said)
+
+
+def _empty(phase: Phase) -> Iterator[Fault]:
+    """Roles without a host, all in one fault: they name the same group as a rule."""
+    first, *others = [each.role for each in phase.placements if not each.hosts] or [""]
+    if first:
+        also = f", nor do those of {', '.join(others)}" if others else ""
+        said = f"names no host of the phase{also}"
+        yield Fault(("phases", phase.name, "roles", first, "hosts"), said)
 
 
 def _gpus(inventory: Inventory, phase: Phase) -> Iterator[Fault]:

@@ -110,14 +110,16 @@ class _Reading:
             self.bad |= {fault.keys[:2] for fault in found}
             said = {fault.keys for fault in found}
             found += [fault for fault in _clear_secrets(document.data) if fault.keys not in said]
+            told = self._told()
             for fault in found:
-                self._report(document, fault)
+                if (document.shown, dotted(fault.keys)) not in told:
+                    self._report(document, fault)
 
     def refer(self) -> None:
-        """Every name that refers to nothing; what holds it is not judged further."""
+        """Every name that refers to nothing, once; what holds it is not judged further."""
         found = list(references.unknown(self.entries))
         self.bad |= {fault.keys[:2] for fault in found}
-        self.add(found)
+        self.add(references.folded(found))
 
     def calibration(self, folder: Path) -> Mapping[str, int]:
         """What verify recorded beside the inventory."""
@@ -135,9 +137,15 @@ class _Reading:
         return {name: entry for name, entry in entries if (section, name) not in self.bad}
 
     def add(self, found: Iterable[Fault]) -> None:
+        """What a later stage found, but for places where an earlier one found the cause."""
+        told = self._told()
         for fault in found:
-            place = (str(fault.keys[0]), str(fault.keys[1]))
-            self._report(self.where[place], fault)
+            document = self.where[str(fault.keys[0]), str(fault.keys[1])]
+            if (document.shown, dotted(fault.keys)) not in told:
+                self._report(document, fault)
+
+    def _told(self) -> set[tuple[str, str]]:
+        return {(each.file, each.path) for each in self.problems if not each.warning}
 
     def _report(self, document: yamlfile.Document, fault: Fault) -> None:
         line, column = document.position(fault.keys, key=fault.at_key)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from inferfleet.schema import Fault, Keys
-from inferfleet.yamlbuild import did_you_mean
+from inferfleet.yamlbuild import did_you_mean, dotted
 
 ALL = "all"  # the group every host is in
 Entries = Mapping[str, Mapping[str, Any]]  # section -> name -> what was written
@@ -22,6 +22,19 @@ def unknown(entries: Entries) -> Iterator[Fault]:
         if not _matches(reference, known):
             near = did_you_mean(reference.name, known)
             yield Fault(reference.keys, f"there is no {reference.what} '{reference.name}'{near}")
+
+
+def folded(found: Iterable[Fault]) -> Iterator[Fault]:
+    """Each unknown name at the first place that has it, which counts the others."""
+    alike: dict[str, list[Fault]] = {}
+    for fault in found:
+        alike.setdefault(fault.message, []).append(fault)
+    for message, (first, *others) in alike.items():
+        places = [dotted(fault.keys) for fault in others[:3]]
+        if len(others) > len(places):
+            places.append(f"{len(others) - len(places)} more")
+        also = f"; also at {', '.join(places)}" if places else ""
+        yield replace(first, message=message + also)
 
 
 def members(entries: Entries) -> dict[str, tuple[str, ...]]:

@@ -334,6 +334,91 @@ CASES = {
             " the engine's options",
         ],
     ),
+    "an empty group is one problem": (
+        """\
+        deployments:
+          a: {engine: simulator, model: coder, hosts: [spare], port: 8000}
+          b: {engine: simulator, model: coder, hosts: [spare], port: 8100}
+        phases:
+          p:
+            users: 1
+            why: w
+            hosts: [spare]
+            deployments: [a, b]
+            roles:
+              balancer: {hosts: [spare], api_keys: {x: !env K}}
+              base: {hosts: [spare]}
+              monitoring: {hosts: [spare]}
+        """,
+        ["own.yml:8:12: phases.p.hosts: names no host: no host is in these groups yet"],
+    ),
+    "an empty group in a phase of others": (
+        """\
+        deployments:
+          a: {engine: simulator, model: coder, hosts: [spare], port: 8000}
+          b: {engine: simulator, model: coder, hosts: [spare], port: 8100}
+          c: {engine: simulator, model: coder, hosts: [gpu-01], port: 8200}
+        phases:
+          p:
+            users: 1
+            why: w
+            hosts: [edge, spare]
+            deployments: [a, b, c]
+            roles: {base: {hosts: [spare]}, balancer: {hosts: [spare], api_keys: {x: !env K}}}
+        """,
+        [
+            "own.yml:10:19: phases.p.deployments[0]: 'a' runs on none of the phase's hosts, nor"
+            " does 'b'; its own are none",
+            "own.yml:10:25: phases.p.deployments[2]: 'c' runs on none of the phase's hosts; its"
+            " own are gpu-01",
+            "own.yml:11:27: phases.p.roles.base.hosts: names no host of the phase, nor do those of"
+            " balancer",
+        ],
+    ),
+    "roles on hosts that the phase lacks": (
+        "phases: {p: {users: 1, why: w, hosts: [gpu-01], roles: {base: {hosts: [edge]}}}}",
+        [
+            "own.yml:1:71: phases.p.roles.base.hosts: lb-01: not among the phase's hosts;"
+            " add them there"
+        ],
+    ),
+    "a name that is nowhere, in many places": (
+        """\
+        models: {}
+        deployments:
+          a: {engine: simulator, model: large, hosts: [gpu-01], port: 8000}
+          b: {engine: simulator, model: large, hosts: [rack], port: 8100}
+        phases:
+          p:
+            users: 1
+            why: w
+            hosts: [rack]
+            deployments: [a, b]
+            roles: {base: {hosts: [rack]}, balancer: {hosts: [rack], api_keys: {x: !env K}},
+                    monitoring: {hosts: [rack]}}
+        """,
+        [
+            "own.yml:3:33: deployments.a.model: there is no model 'large'; also at"
+            " deployments.b.model",
+            "own.yml:4:48: deployments.b.hosts[0]: there is no host or group 'rack'; also at"
+            " phases.p.hosts[0], phases.p.roles.base.hosts[0], phases.p.roles.balancer.hosts[0],"
+            " 1 more",
+        ],
+    ),
+    "an octal port, told once": (
+        """\
+        deployments:
+          a: {engine: simulator, model: coder, hosts: [gpu-01], port: 010000}
+          b: {engine: simulator, model: coder, hosts: [gpu-01], port: 0200000}
+        phases: {p: {users: 1, why: w, hosts: [gpu-01], deployments: [a, b]}}
+        """,
+        [
+            "own.yml:2:63: deployments.a.port: 010000 is 4096 in YAML 1.1 (octal) and 10000 in YAML"
+            ' 1.2: write 10000 or 4096 as meant, or "010000" if it is text',
+            "own.yml:3:63: deployments.b.port: 0200000 is 65536 in YAML 1.1 (octal) and 200000 in"
+            ' YAML 1.2: write 200000 or 65536 as meant, or "0200000" if it is text',
+        ],
+    ),
     "a typo is not followed by what it causes": (
         """\
         deployments:
