@@ -184,7 +184,8 @@ def interrupted(number: int, _: object) -> None:
 def main() -> None:
     asked = arguments()
     pinned(LOAD_CORE, 0)
-    signal.signal(signal.SIGTERM, interrupted)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupted)
     before = os.getloadavg()[0]
     try:
         with tempfile.TemporaryDirectory(prefix="bench-gateway-") as folder:
