@@ -52,12 +52,9 @@ class Role:
     def schema(self) -> Mapping[str, Any]:
         """The JSON Schema of the role's options: an object, every property described."""
         source = self.folder / "schema.yml"
-        try:
-            loaded = yaml.load(source.read_text(encoding="utf-8"), FAST)  # noqa: S506 - is safe
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise Error(f"{source}: {error}") from error
-        if not isinstance(loaded, dict):
-            raise Error(f"{source}: must be a JSON Schema object")
+        loaded = _read(source)
+        if self.folder.parent != shipped("roles"):  # ours are checked by the tests
+            _check_schema(source, loaded)
         return loaded
 
     @property
@@ -151,3 +148,37 @@ class Library:
 
     def services(self) -> list[str]:
         return [name for name in self.names() if self.role(name).kind == "service"]
+
+
+def _read(source: Path) -> Mapping[str, Any]:
+    """A role's schema.yml. Raises Error naming the file, and the line where there is one."""
+    try:
+        loaded = yaml.load(source.read_text(encoding="utf-8"), FAST)  # noqa: S506 - is safe
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise Error(f"{source}: cannot be read: {why}; a role says its options there") from error
+    except UnicodeDecodeError as error:
+        raise Error(f"{source}: is not UTF-8") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise Error(f"{source}{place}: is not YAML: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise Error(f"{source}: is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(loaded, dict):
+        raise Error(f"{source}: must be a JSON Schema object")
+    return loaded
+
+
+def _check_schema(source: Path, schema: Mapping[str, Any]) -> None:
+    """Raises Error where it is no JSON Schema of an object with described properties."""
+    import jsonschema  # here, because it costs more than all else at start
+
+    try:
+        jsonschema.Draft202012Validator.check_schema(schema)
+    except jsonschema.SchemaError as error:
+        where = ".".join(map(str, error.absolute_path))
+        said = f"{where}: {error.message}" if where else error.message
+        raise Error(f"{source}: is no JSON Schema: {said}") from error
+    if schema.get("type") != "object" or "description" not in schema:
+        raise Error(f"{source}: must say `type: object` and a `description`, then `properties`")

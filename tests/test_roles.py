@@ -69,8 +69,36 @@ def test_an_unknown_role_is_a_key_error():
 def test_a_schema_that_cannot_be_read_names_its_file(tmp_path, text):
     if text is not None:
         (tmp_path / "schema.yml").write_text(text)
-    with pytest.raises(Error, match=r"schema\.yml: "):
+    with pytest.raises(Error, match=r"schema\.yml(:\d+:\d+)?: "):
         _ = Role("x", tmp_path).schema
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "schema.yml: cannot be read: no such file or directory; a role says its options"),
+        ("type: object\na: [", "schema.yml:3:1: is not YAML: did not find expected node content"),
+        ("a: \x07", "schema.yml: is not YAML: unacceptable character"),
+        ("a: 1", "schema.yml: must say `type: object` and a `description`, then `properties`"),
+        ("type: objct", "schema.yml: is no JSON Schema: type: 'objct' is not valid under any"),
+        (
+            "type: object\nproperties: [a]",
+            "schema.yml: is no JSON Schema: properties: ['a'] is not",
+        ),
+        ("properties: {a: 3}", "schema.yml: is no JSON Schema: properties.a: 3 is not of type"),
+    ],
+)
+def test_a_projects_broken_schema_is_one_error_with_its_file(tmp_path, text, said):
+    folder = tmp_path / "roles" / "simulator"
+    shutil.copytree(shipped("roles") / "simulator", folder)
+    (folder / "schema.yml").unlink()
+    if text is not None:
+        (folder / "schema.yml").write_text(text)
+    project = make.project(tmp_path, own=OWN.replace("mine", "simulator"))
+    with pytest.raises(Error) as caught:
+        _ = project.inventory
+    assert str(caught.value).startswith(f"{folder / said}")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", Library().names())
