@@ -61,7 +61,7 @@ def test_commands_of_a_rehearsal(clone: Path) -> None:
     assert len(lines) == 5
     try:
         for line in lines:
-            own = line.replace("build/lab/", f"build/{label}/")
+            own = line.replace("labs/lab/", f"labs/{label}/")
             own += f" --name {label}" if "invoke lab" in line else ""
             done = run(own, clone)
             assert done.returncode == 0, f"{own}: {done.stdout}{done.stderr}"

@@ -28,7 +28,6 @@ from inferfleet.lab.rehearsal import project as lab_project
 from inferfleet.project import Project
 
 NAME = "demo"
-FOLDER = Path("build") / NAME
 HOSTS = 3
 DRIFT = "/etc/systemd/system/inferfleet-coder-0.service"
 
@@ -51,7 +50,7 @@ def run(*, keep: bool) -> int:
 
 def _on_real_hosts(*, keep: bool) -> None:
     with _lab(keep=keep) as lab:
-        inventory = lab_project(lab, FOLDER)
+        inventory = lab_project(lab, fleet.place(NAME))
         _provision(inventory)
         host = lab.hosts["gpu-02"]
         _say("Somebody edits a unit and stops an engine by hand, on gpu-02.")
@@ -81,14 +80,15 @@ def _lab(*, keep: bool) -> Iterator[Lab]:
 
 
 def _in_folders() -> None:
-    base = FOLDER.parent / f"{NAME}-hosts"
+    folder = fleet.place(NAME)
+    base = folder.with_name(f"{NAME}-hosts")
     shutil.rmtree(base, ignore_errors=True)
     with FolderHosts(base, fleet.names(HOSTS)) as folders:
         made = [
             fleet.Made(h.name, h.address, h.port, getpass.getuser(), "none", (h.fingerprint,))
             for h in folders.hosts.values()
         ]
-        inventory = fleet.make(FOLDER, made, folders.key)
+        inventory = fleet.make(folder, made, folders.key)
         _provision(inventory)
         root = folders.hosts["gpu-02"].root
         _say("Somebody edits a unit by hand, on gpu-02.")

@@ -28,6 +28,7 @@ PACKAGED = (
     "node_exporter",
     "nvidia",
 )
+LABS = Path("labs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,13 @@ def names(count: int) -> list[str]:
     return [*servers, *(f"lb-{n:02}" for n in range(1, balancers + 1))]
 
 
+def place(name: str) -> Path:
+    """Where a lab's project goes: not below build/, where a phase of that name is rendered to."""
+    LABS.mkdir(exist_ok=True)
+    (LABS / ".gitignore").write_text("*\n", encoding="ascii")  # keys of its hosts lie there
+    return LABS / name
+
+
 def make(folder: Path, hosts: Sequence[Made], key: Path, wheels: Path | None = None) -> Path:
     """Write the project to `folder`, replacing an earlier one; returns its inventory's folder.
 
@@ -64,6 +72,7 @@ def make(folder: Path, hosts: Sequence[Made], key: Path, wheels: Path | None = N
     for source in inventory.rglob("*.yml"):
         text = source.read_text(encoding="utf-8")
         text = _without_packages(_keys_from_files(text, own))
+        text = text.replace("workstation", hosts[0].name)  # or it would be this very machine
         text = _with_wheels(text, wheels) if wheels else _without_gateways(text)
         source.write_text(text, encoding="utf-8")
     _make_certificate(own, [host.address for host in hosts])
@@ -71,12 +80,12 @@ def make(folder: Path, hosts: Sequence[Made], key: Path, wheels: Path | None = N
 
 
 def _write_hosts(path: Path, hosts: Sequence[Made], key: Path, gateways: bool) -> None:
-    """The example's own hosts give way, but for the workstation; the groups stay."""
+    """The example's own hosts give way; the groups stay."""
     shared = gateways and not any(host.name.startswith("gw") for host in hosts)
     text = path.read_text(encoding="utf-8")
     document = yaml.safe_load(text)
     document["groups"]["all"] = {"key": str(key)}
-    document["hosts"] = {"workstation": document["hosts"]["workstation"]}
+    document["hosts"] = {}
     for host in hosts:
         document["hosts"][host.name] = {
             "address": host.address,

@@ -17,12 +17,12 @@ from inferfleet.lab import (
 
 
 def up(name: str, count: int) -> int:
-    """Boot `count` hosts and write a project for them to build/<name>; prints how to go on."""
+    """Boot `count` hosts and write a project for them to labs/<name>; prints how to go on."""
     install_requirements(print)
     if missing := requirements():
         raise Error("the lab cannot run here: " + "; ".join(missing))
     lab = Lab.boot(fleet.names(count), name=name)
-    inventory = project(lab, Path("build") / name, wheels.folder(print))
+    inventory = project(lab, fleet.place(name), wheels.folder(print))
     print(describe(lab))
     print(f"\ninferfleet provision --inventory {inventory} --phase pilot --rehearse")
     print(f"inferfleet lab --down{'' if name == 'lab' else f' --name {name}'}")
