@@ -14,6 +14,8 @@ from inferfleet.gateway.request import Backend, BadRequest, Call
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 ADAPTED: frozenset[Backend] = frozenset({"tgi", "ollama"})  # refuse some of OpenAI's fields
 _HASHED = 4096  # bytes of a message that tell conversations apart
+_NEAR = 64  # bytes at the ends of a message in which its role stands
+_USER = re.compile(rb'"role"\s*:\s*"user"')  # within a text, its quotes would be escaped
 _MODEL = re.compile(rb'"model"\s*:\s*"(?:[^"\\]|\\.)*"')
 
 
@@ -32,13 +34,8 @@ class _Bare(Struct):
     stream: bool | None = False
 
 
-class _Role(Struct):
-    role: str = ""
-
-
 _body = msgspec.json.Decoder(_Body).decode
 _bare = msgspec.json.Decoder(_Bare).decode
-_role = msgspec.json.Decoder(_Role).decode
 _anything = msgspec.json.Decoder().decode
 
 
@@ -104,6 +101,11 @@ def _unlike_chat(body: bytes) -> _Bare:
         raise BadRequest("the body is no JSON document") from None
 
 
+def _said_by_user(message: memoryview) -> bool:
+    """Whether its role, which clients write first or last, is user; without reading it all."""
+    return bool(_USER.search(message[:_NEAR]) or _USER.search(message[-_NEAR:]))
+
+
 def _affinity(body: _Body) -> int:
     """Equal for the turns of one conversation: its system prompt and first question."""
     if body.prompt_cache_key:
@@ -113,6 +115,6 @@ def _affinity(body: _Body) -> int:
     found = 1
     for message in body.messages[:3]:
         found = zlib.crc32(memoryview(message)[:_HASHED], found)
-        if _role(message).role == "user":
+        if _said_by_user(memoryview(message)):
             break
     return found
