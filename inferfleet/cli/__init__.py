@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import sys
@@ -42,9 +43,26 @@ namespace = Collection(
     demo,
 )
 
+_OPTIONS = ("help", "version", "print-completion-script")
+
 
 class _Program(Program):
-    """Invoke's own program, except that wrong usage is exit code 2, as everywhere else."""
+    """Invoke's own program, but wrong usage is exit code 2, and help leaves out what is not ours.
+
+    Invoke's options for shell commands stay where they are; no task of ours heeds them.
+    """
+
+    def print_help(self) -> None:
+        print(f"Usage: {self.binary} TASK [--options]; `{self.binary} TASK --help` lists them.\n")
+        self.list_tasks()
+        print("Options:\n")
+        self.print_columns([self.initial_context.help_for(f"--{name}") for name in _OPTIONS])
+
+    def print_task_help(self, name: str) -> None:
+        print(f"Usage: {self.binary} {name} [--options]\n")
+        print(f"{inspect.getdoc(self.collection[name])}\n")
+        print("Options:\n")
+        self.print_columns(self.parser.contexts[name].help_tuples())
 
     def parse_core(self, argv: list[str] | None) -> None:
         _as_usage(lambda: super(_Program, self).parse_core(argv))
