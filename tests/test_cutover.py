@@ -1,8 +1,11 @@
 """Which weights are asked for, what many gateways' answers come to, and all of them or none."""
 
 import asyncio
+import re
 import shutil
+import textwrap
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import make
 import pytest
@@ -45,6 +48,20 @@ def found(tmp_path):
     project = make.project(tmp_path, own=INVENTORY)
     plan = project.plan("p")
     return sites(plan, plan.hosts)
+
+
+def test_the_example_of_the_documentation_is_an_inventory(tmp_path):
+    page = Path(__file__).parents[1] / "docs/cutover.md"
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    text = textwrap.dedent(INVENTORY).replace("coder-7b", "qwen2.5-coder").replace("new", "coder")
+    text = text[: text.index("      gateway:")] + textwrap.indent(block, " " * 6)
+    text = text.replace("[gateways]", "[gw-01, gw-02]")
+    plan = make.project(tmp_path, own=text).plan("p")
+    for each in sites(plan, plan.hosts):
+        model = each.models["qwen2.5-coder"]
+        assert model["pools"] == {"coder": 0, "old": 100}
+        assert model["shadow"] == {"pool": "coder", "percent": 5}
+        assert wanted.weights("coder=10,old=90", each) == {"coder": 10, "old": 90}
 
 
 # what is asked for
@@ -228,7 +245,7 @@ def test_all_gateways_move_and_go_back(tmp_path):
             assert showing.fine(outcome)
             assert both.weights() == [{"p": 90, "new": 10}] * 2
             (told,) = showing.warnings(outcome, "x")
-            assert "set by hand at a, b, though the inventory says p 100 %, new 0 %" in told
+            assert "set by hand at a, b. To stay, write it to the inventory; to go back:" in told
             copies = both.gateways[0].worker.shadows.copies["m"]
             await until(lambda: copies.compared)
             (model,) = (await both.do(survey)).models

@@ -51,6 +51,7 @@ def plan(
 ) -> int:
     """What would change on the hosts, as a diff. Changes nothing."""
     from inferfleet import fleet, report
+    from inferfleet.cutover import showing
     from inferfleet.secrets import Tolerant
 
     project = open_project(inventory)
@@ -59,14 +60,25 @@ def plan(
     warn(project, quiet=json)
     lines, capacity = fleet.expected(project, wanted)
     with fleet.survey(project, wanted, hosts, Tolerant(project.secrets)) as found:
+        by_hand = _by_hand(found)
         if json:
-            report.as_json({**_differences(found), **capacity})
+            report.as_json({**_differences(found), **capacity, "by_hand": by_hand})
         else:
             found.show(lines=True)
+            lines += showing.reminders(by_hand)
             print(*lines, sep="\n", end="\n" if lines else "")
         if found.results or any(host.diff.refused for host in found.surveyed):
             return PROBLEMS
         return USAGE if detailed_exitcode and found.waiting else FINE
+
+
+def _by_hand(found: Fleet) -> dict[str, Any]:
+    """Weights that were set by hand at gateways, by host and model."""
+    from inferfleet import cutover
+
+    names = {site.host.name for site in cutover.sites(found.plan, found.plan.hosts)}
+    said = {h.name: cutover.by_hand(h.way) for h in found.surveyed if h.name in names}
+    return {host: models for host, models in said.items() if models}
 
 
 def _differences(found: Fleet) -> dict[str, Any]:

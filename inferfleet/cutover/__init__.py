@@ -10,7 +10,7 @@ showing   text, and JSON
 
 from __future__ import annotations
 
-from inferfleet.cutover.asking import Site, sites
+from inferfleet.cutover.asking import Site, by_hand, sites
 from inferfleet.cutover.orders import Outcome, back, move, survey
 
-__all__ = ["Outcome", "Site", "back", "move", "sites", "survey"]
+__all__ = ["Outcome", "Site", "back", "by_hand", "move", "sites", "survey"]

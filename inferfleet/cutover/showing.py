@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from inferfleet.cutover.asking import Weights
 from inferfleet.cutover.orders import Outcome
 from inferfleet.cutover.state import At, Model, shares
 from inferfleet.report import counted
@@ -20,9 +21,12 @@ _SIDES = (("clients", "p50"), ("clients", "p95"), ("copies", "p50"), ("copies", 
 
 
 def show(out: Console, outcome: Outcome, phase: str) -> None:
-    """Every model: its weights, requests and shadow; then what is not as it should be."""
+    """Models that can move: weights, requests and shadow; then what is not as it should be."""
     since = min((w["began"] for _, workers in outcome.found for w in workers), default=0.0)
-    for model in outcome.models:
+    movable = [model for model in outcome.models if len(model.inventory) > 1]
+    if outcome.found and not movable:
+        out.print("One pool for each model: there is nothing to move between.")
+    for model in movable:
         out.print(f"[bold]{escape(model.name)}[/]: the inventory says {said(model.inventory)}")
         out.print(_gateways(model, since))
         for shadow in model.shadows:
@@ -46,19 +50,24 @@ def warnings(outcome: Outcome, phase: str) -> Iterator[str]:
     """What lasts until somebody ends it, in whole sentences."""
     for model in outcome.models:
         if model.differing:
-            hosts = ", ".join(model.differing)
-            yield f"{model.name}: {hosts} does not do as the other gateways do"
+            yield f"{model.name}: the gateways differ: {', '.join(model.differing)}"
         if model.behind:
             yield (
-                f"{model.name}: {', '.join(model.behind)} has another configuration than the "
-                f"inventory's: inferfleet provision --phase {phase}"
+                f"{model.name}: another configuration than the inventory's at "
+                f"{', '.join(model.behind)}: inferfleet provision --phase {phase}"
             )
         if model.overridden:
             yield (
-                f"{model.name}: set by hand at {', '.join(model.overridden)}, though the inventory "
-                f"says {said(model.inventory)}: write it to models.{model.name}.pools of the "
-                f"gateway, or go back: inferfleet cutover --phase {phase} --back"
+                f"{model.name}: set by hand at {', '.join(model.overridden)}. To stay, write it to "
+                f"the inventory; to go back: inferfleet cutover --phase {phase} --back"
             )
+
+
+def reminders(found: Mapping[str, Mapping[str, Weights]]) -> Iterator[str]:
+    """For a plan: what was set by hand and outlives it, by gateway and model."""
+    for host, models in found.items():
+        for model, weights in models.items():
+            yield f"{host}: {model} by hand: {said(weights)} (cutover --back ends it)"
 
 
 def said(weights: Mapping[str, float]) -> str:
