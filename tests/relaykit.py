@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import hashlib
 import json
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
+import pytest
 import uvloop
 
 from inferfleet.gateway.config import Config, problems
@@ -299,3 +301,12 @@ async def until(happened: Callable[[], bool], seconds: float = 10) -> None:
     async with asyncio.timeout(seconds):
         while not happened():
             await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """Fails a test in which a task or the server ended by an exception that nobody expected."""
+    yield caplog
+    gc.collect()  # a task tells of its exception when it is thrown away
+    bad = [one for one in caplog.get_records("call") if one.name in ("asyncio", "uvicorn.error")]
+    assert not [one.getMessage() for one in bad if one.levelname == "ERROR"]

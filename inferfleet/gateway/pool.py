@@ -10,7 +10,7 @@ import asyncio
 import random
 import zlib
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 FIRST_BREAK, LONGEST_BREAK = 1.0, 30.0  # seconds an instance is left alone after failures
 HOPELESS = 3.0  # seconds a request waits where probes say that nobody lives
 SLACK = 2  # requests that the instance which knows a prefix may have more than the least busy
+
+
+Place = asyncio.Future[None]  # of one that waits, in the queues of all pools it may be sent to
 
 
 class QueueFull(Exception):
@@ -97,7 +100,7 @@ class Pool:
         self.name, self.backend, self.model = name, backend, model
         self.max_outstanding, self.length = max_outstanding, queue
         self.instances: list[Instance] = []
-        self.waiting: deque[asyncio.Future[None]] = deque()
+        self.waiting: deque[Place] = deque()
 
     def pick(self, affinity: int, now: float, tried: Collection[Instance]) -> Instance | None:
         """The free instance with the fewest open requests, or the one that knows the prefix.
@@ -124,23 +127,6 @@ class Pool:
                 best, preferred = score, instance
         fits = preferred.outstanding <= bound and preferred.outstanding < self.max_outstanding
         return preferred if fits else found
-
-    async def place(self, timeout: float) -> None:
-        """Wait until a place may have become free; QueueFull or TimeoutError."""
-        if len(self.waiting) >= self.length:
-            raise QueueFull
-        place = asyncio.get_running_loop().create_future()
-        self.waiting.append(place)
-        try:
-            async with asyncio.timeout(timeout):
-                await place
-        except BaseException:
-            if place.done() and not place.cancelled():
-                self.wake()  # the turn was ours and we cannot use it
-            raise
-        finally:
-            if place in self.waiting:
-                self.waiting.remove(place)
 
     def wake(self) -> None:
         """Let the one that has waited longest look again."""
@@ -169,6 +155,10 @@ class Route:
         self.weights = weights
         self.active = [self.pools[name] for name, weight in weights.items() if weight > 0]
 
+    def queued(self) -> int:
+        """How many requests wait before its pools, each counted once."""
+        return len({place for pool in self.active for place in pool.waiting})
+
     def order(self) -> list[Pool]:
         """The pools to ask: one drawn by weight first, then the others by weight."""
         if len(self.active) == 1:
@@ -191,9 +181,30 @@ class Route:
         while True:
             left = end - loop.time()
             hopeless = all(pool.hopeless() for pool in pools)
-            await pools[0].place(min(left, HOPELESS) if hopeless else left)
+            await turn(pools, min(left, HOPELESS) if hopeless else left)
             if found := free(pools, affinity, loop.time(), tried):
                 return found
+
+
+async def turn(pools: Sequence[Pool], timeout: float) -> None:
+    """Wait until a place in any pool may have become free; QueueFull or TimeoutError."""
+    if len(pools[0].waiting) >= pools[0].length:
+        raise QueueFull
+    place = asyncio.get_running_loop().create_future()
+    for pool in pools:
+        pool.waiting.append(place)
+    try:
+        async with asyncio.timeout(timeout):
+            await place
+    except BaseException:
+        if place.done() and not place.cancelled():
+            for pool in pools:
+                pool.wake()  # the turn was ours and we cannot use it
+        raise
+    finally:
+        for pool in pools:
+            if place in pool.waiting:
+                pool.waiting.remove(place)
 
 
 def free(

@@ -23,9 +23,12 @@ ATTEMPTS = 4  # of which an engine saw the request: one that kills engines must 
 PAUSE = 0.1  # seconds before instances are asked again that have all failed
 BUSY = frozenset({429, 503})
 BROKEN = frozenset({500, 502, 504})
+FOREVER = float("inf")
 LONGEST_EVENT = 1 << 20  # bytes held back while an event is incomplete
+LONGEST_ERROR = 1 << 20  # bytes of an answer that is no 200
 SHORT, LAST_EVENTS = 256, 4096  # bytes
-STREAMS = (b"text/event-stream", b"application/x-ndjson")
+LINES = b"application/x-ndjson"
+STREAMS = (b"text/event-stream", LINES)
 NO_BUFFERING = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
 
@@ -78,7 +81,7 @@ class Exchange:
         self.headers = [(b"x-request-id", sent["X-Request-Id"].encode())]  # for the client
         self.task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
         self.started = core.time()
-        self.deadline = float("inf")
+        self.deadline = FOREVER
         self.timeout_reason = self.reason = ""  # why it was ended from outside
         self.error = ""  # a code for the log
         self.instance: Instance | None = None
@@ -91,7 +94,7 @@ class Exchange:
 
     def expire(self, reason: str) -> None:
         """End the attempt under way; what that means for the client depends on how far it is."""
-        if not self.reason and not (reason == "ejected" and self.began):
+        if not self.reason and not self.finished and not (reason == "ejected" and self.began):
             self.reason = reason
             self.task.cancel()
 
@@ -103,9 +106,19 @@ class Exchange:
 
     async def run(self) -> None:
         """Ask instances until one has answered. Always answers, but to clients that left."""
+        try:
+            await self._ask()
+        except asyncio.CancelledError:
+            if self.reason != "drained" or self.began:
+                raise
+            self.task.uncancel()  # it waited for its turn
+            await self.refuse(503, "the gateway is being stopped", self.reason, 1)
+
+    async def _ask(self) -> None:
         tried: list[Instance] = []
         seen = 0
         last = None
+        why = ""
         while seen < ATTEMPTS:
             try:
                 instance = await self._take(tried)
@@ -117,15 +130,16 @@ class Exchange:
                 return await self._attempt(instance)
             except Retry as retry:
                 last = retry.answer or last
+                why = retry.why
                 seen += retry.seen
-                self.core.retried(retry.why)
+                self.core.retried(why)
             if instance in tried:
                 await asyncio.sleep(PAUSE * seen)
             tried.append(instance)
         if last:
             return await self._answer(*last)
-        if self.error == "first_token":
-            return await self.refuse(504, "no engine began to answer in time", self.error)
+        if why == "first_token":
+            return await self.refuse(504, "no engine began to answer in time", why)
         return await self.refuse(503, "no engine can answer now", "no_engine", 5)
 
     async def say(self, body: bytes) -> None:
@@ -141,9 +155,8 @@ class Exchange:
 
     async def _take(self, tried: list[Instance]) -> Instance:
         since = self.core.time()
-        instance = await self.route.take(
-            self.request.affinity, tried, self.core.config.queue.timeout
-        )
+        patience = self.core.config.queue.timeout - self.queued
+        instance = await self.route.take(self.request.affinity, tried, patience)
         self.queued += self.core.time() - since
         return instance
 
@@ -160,6 +173,8 @@ class Exchange:
             answer = await self.core.post(instance, call.path, call.body, self.sent)
             if answer.status != 200:
                 await self._other(answer, instance, call)
+            elif answer.headers.get(b"content-encoding", b"identity") != b"identity":
+                raise BrokenOff("compressed, which nobody asked for")
             elif stream:
                 await self._stream(answer, instance, call)
             else:
@@ -178,7 +193,7 @@ class Exchange:
             self.task.uncancel()
             await self._expired(instance)
         finally:
-            self.deadline = float("inf")
+            self.deadline = FOREVER
             instance.exchanges.discard(self)
             if answer is not None:
                 answer.close()  # a no-op when all of it was read
@@ -187,6 +202,7 @@ class Exchange:
     async def _expired(self, instance: Instance) -> None:
         """The attempt was ended from outside: by the sweeper, an ejection or a drain."""
         reason, self.reason = self.reason, ""
+        self.deadline = FOREVER
         if reason in ("first_token", "idle"):
             self._failed(instance, self.core.config.health.failures)
         if self.began:
@@ -194,7 +210,6 @@ class Exchange:
         elif reason == "ejected":
             raise Retry(reason, 1)
         elif reason == "first_token":
-            self.error = reason
             raise Retry(reason, ATTEMPTS // 2)
         elif reason == "whole":
             await self.refuse(504, "the engine did not finish in time", reason)
@@ -207,14 +222,14 @@ class Exchange:
 
     async def _other(self, answer: Answer, instance: Instance, call: Call) -> None:
         """An answer that is no 200: of a busy or broken engine, or about the request."""
-        status, body = answer.status, await answer.whole()
+        status, body = answer.status, await answer.whole(LONGEST_ERROR)
         message, kind = backends.error_text(body)
         retry_after = answer.headers.get(b"retry-after", b"")
         if status in (401, 403):
-            self.error = "engine_key"
-            text = self.request.failed(502, "the engine refuses the gateway's key", "server_error")
-            return await self._answer(502, text)
-        if not call.own_errors:
+            return await self.refuse(502, "the engine refuses the gateway's key", "engine_key")
+        if not 400 <= status < 600:
+            return await self.refuse(502, f"the engine answers {status}", "engine_status")
+        if not call.own_errors or not body.startswith(b"{"):
             body = self.request.failed(status, message, kind)
         if status in BUSY or status in BROKEN:
             if status in (502, 503, 504):
@@ -248,10 +263,9 @@ class Exchange:
         ]
         if retry_after:
             headers.append((b"retry-after", retry_after))
-        self.began, self.status = True, status
+        self.began, self.finished, self.status = True, True, status
         self.bytes_out += len(body)
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
-        self.finished = True
         await self.send({"type": "http.response.body", "body": body})
 
     async def _stream(self, answer: Answer, instance: Instance, call: Call) -> None:
@@ -260,7 +274,7 @@ class Exchange:
         idle = self.core.config.timeouts.idle
         kind = answer.headers.get(b"content-type", STREAMS[0])
         shape = call.shape
-        feed = shape.feed if shape else self._events
+        feed = shape.feed if shape else self._lines if kind.startswith(LINES) else self._events
         data = await read()
         if not data:
             raise Retry("empty", 1)
@@ -271,13 +285,14 @@ class Exchange:
         headers = [(b"content-type", given), *NO_BUFFERING, *self.headers]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         while data:
-            self.deadline = now + idle
+            self.deadline = FOREVER  # a client that is slow to read is no fault of the engine's
             instance.last_byte = now
             self.tail = data if len(data) > SHORT else self.tail[-LAST_EVENTS:] + data
             if out := feed(data):
                 self.bytes_out += len(out)
                 self.events += 1
                 await send({"type": "http.response.body", "body": out, "more_body": True})
+            self.deadline = time() + idle
             data = await read()
             now = time()
         if call.end not in self.tail and kind.startswith(STREAMS):
@@ -303,6 +318,12 @@ class Exchange:
             return b""
         self.rest = data[end:]
         return data[:end]
+
+    def _lines(self, data: bytes) -> bytes:
+        """The same for Ollama's streams, whose events are lines."""
+        before, end, rest = (self.rest + data).rpartition(b"\n")
+        self.rest = rest
+        return before + end
 
     async def _cut(self, message: str, code: str) -> None:
         """End a stream that cannot go on, so that the client knows."""

@@ -7,6 +7,7 @@ llhttp (httptools) parses. General clients cost more than all else on a request'
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections import deque
 from collections.abc import Callable
@@ -18,6 +19,21 @@ import httptools
 
 KEEPALIVE = 4.0  # seconds; vLLM closes idle connections after 5, and one used then is reset
 MOST_BUFFERED = 1 << 18  # bytes of an answer waiting for the client, until the engine must wait
+
+# A host that is cut off says nothing, and engines are silent for minutes while they read a prompt:
+# only the kernel can tell, and the other one answers whatever its engine does. A request that is
+# not acknowledged, or a host that does not answer for so long, breaks the connection.
+UNREACHABLE = 15  # seconds
+WATCHED = (
+    (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+    (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 10),
+    (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 5),
+    (socket.IPPROTO_TCP, "TCP_KEEPCNT", 1),
+    (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", UNREACHABLE * 1000),  # Linux alone has it
+)
+OPTIONS = [(at, getattr(socket, name), to) for at, name, to in WATCHED if hasattr(socket, name)]
+LONGEST_HEAD = 1 << 16  # bytes until an answer's status and headers must have come
+LONGEST = 256 << 20  # bytes of an answer that is held in memory as a whole
 
 
 class ConnectFailed(OSError):
@@ -86,16 +102,19 @@ class Answer:
         ready = self._ready
         data = ready[0] if len(ready) == 1 else b"".join(ready)
         self._ready = []
-        if self._buffered > MOST_BUFFERED:
+        if self._buffered > MOST_BUFFERED and not self.complete:
             self._connection.resume()
         self._buffered = 0
         return data
 
-    async def whole(self) -> bytes:
-        """All of the body. BrokenOff when it was cut."""
+    async def whole(self, longest: int = LONGEST) -> bytes:
+        """All of the body. BrokenOff when it was cut, or does not end within `longest` bytes."""
         parts = []
         while data := await self.some():
             parts.append(data)
+            longest -= len(data)
+            if longest < 0:
+                raise BrokenOff("the answer does not end")
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def header(self, name: bytes) -> str:
@@ -148,6 +167,7 @@ class Connection(asyncio.Protocol):
         self.used = 0  # requests so far
         self.idle_since = 0.0
         self.closed = False
+        self.came = 0  # bytes before the status and headers of an answer were whole
         self._idle = idle
         self._transport: asyncio.Transport
         self._parser: httptools.HttpResponseParser
@@ -157,6 +177,7 @@ class Connection(asyncio.Protocol):
     def send(self, *parts: bytes) -> Answer:
         """Send a request; its answer comes."""
         self.used += 1
+        self.came = 0
         self._answer = Answer(self)
         self._headers = {}
         self._parser = httptools.HttpResponseParser(self)
@@ -170,6 +191,11 @@ class Connection(asyncio.Protocol):
         """End it now."""
         self._answer = None
         self._transport.abort()
+
+    @property
+    def closing(self) -> bool:
+        """Whether it ends, though it may not have heard yet."""
+        return self._transport.is_closing()
 
     def pause(self) -> None:
         """Let the engine wait."""
@@ -185,14 +211,23 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """It stands."""
         self._transport = cast(asyncio.Transport, transport)
+        raw = transport.get_extra_info("socket")
+        for option in OPTIONS:
+            raw.setsockopt(*option)
 
     def data_received(self, data: bytes) -> None:
         """Bytes of an answer, or of nothing we asked for."""
-        if self._answer is None:
-            return self._transport.abort()
+        answer = self._answer
+        if answer is None:
+            self._transport.abort()
+            return
+        if not answer.status:
+            self.came += len(data)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            self._transport.abort()
+        if not answer.status and self.came > LONGEST_HEAD:
             self._transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -210,6 +245,11 @@ class Connection(asyncio.Protocol):
             answer.fail()
 
     # what the parser calls
+
+    def on_message_begin(self) -> None:
+        """An answer begins; to a request that nobody sent when one is complete already."""
+        if self._answer is None:
+            self._transport.abort()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header of the answer, or of its trailer."""
@@ -238,6 +278,7 @@ class Connection(asyncio.Protocol):
         answer.complete = True
         answer.wake()
         if self._parser.should_keep_alive() and not self._transport.is_closing():
+            self.resume()  # whoever gets it next waits for other bytes than these
             self.idle_since = self.loop.time()
             self._idle.append(self)
         else:
@@ -259,6 +300,7 @@ class Client:
 
         A kept connection may have been closed by the engine just then; the request is sent once
         more on a new one, since an engine that closes an idle connection has not read from it.
+        Where no new one can be made, the engine may as well have read it and died of it.
         """
         lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
         head = (
@@ -266,13 +308,15 @@ class Client:
         ).encode("latin-1") + target.lines
         parts = (head + b"\r\n" + body,) if len(body) < MOST_BUFFERED else (head + b"\r\n", body)
         idle = self._idle.setdefault((target.host, target.port, target.tls is not None), deque())
+        sent = False
         while True:
-            connection = self._kept(idle) or await self._connect(target, idle)
+            connection = self._kept(idle) or await self._connect(target, idle, sent)
             answer = connection.send(*parts)
+            sent = True
             try:
                 await answer.begun()
             except BrokenOff:
-                if connection.used == 1:
+                if connection.used == 1 or connection.came:
                     raise
             except BaseException:
                 answer.close()
@@ -284,12 +328,19 @@ class Client:
         earliest = self._loop.time() - KEEPALIVE
         while idle:
             connection = idle.pop()
-            if connection.idle_since >= earliest:
+            if connection.idle_since >= earliest and not connection.closing:
                 return connection
             connection.abort()
         return None
 
-    async def _connect(self, target: Target, idle: deque[Connection]) -> Connection:
+    def sweep(self) -> None:
+        """Close what was kept too long: not all engines close idle connections."""
+        earliest = self._loop.time() - KEEPALIVE
+        for idle in self._idle.values():
+            while idle and idle[0].idle_since < earliest:
+                idle.popleft().abort()
+
+    async def _connect(self, target: Target, idle: deque[Connection], sent: bool) -> Connection:
         make: Callable[[], Connection] = lambda: Connection(self._loop, idle)  # noqa: E731
         try:
             async with asyncio.timeout(self._timeout):
@@ -297,7 +348,7 @@ class Client:
                     make, target.host, target.port, ssl=target.tls
                 )
         except (OSError, TimeoutError) as error:
-            raise ConnectFailed(str(error)) from None
+            raise (BrokenOff if sent else ConnectFailed)(str(error)) from None
         return connection
 
     def close(self) -> None:

@@ -1,0 +1,317 @@
+"""Faults of engines and clients that cost others nothing, and their limits."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from relaykit import (
+    DONE,
+    KEY,
+    Asked,
+    Engine,
+    Fleet,
+    Leaving,
+    Writer,
+    event,
+    fleet,
+    hang,
+    plain,
+    quiet,
+    run,
+    stream,
+    until,
+)
+
+pytestmark = pytest.mark.usefixtures("quiet")
+EVENTS = [event(word) for word in ("one ", "two")] + [DONE]
+LINES = [b'{"message":{"content":"%d"},"done":false}\n' % n for n in range(3)]
+LAST = b'{"message":{"content":""},"done":true}\n'
+
+
+__all__ = ["quiet"]
+
+
+def two_pools(settings: dict[str, Any], engines: list[Engine]) -> None:
+    """The second engine in a pool of its own, which gets nothing while the first one serves."""
+    instances = settings["pools"]["p"]["instances"]
+    settings["pools"]["p"]["instances"] = instances[:1]
+    settings["pools"]["q"] = {**settings["pools"]["p"], "instances": instances[1:]}
+    settings["pools"]["q"]["max_outstanding"] = 1
+    settings["models"]["m"]["pools"] = {"p": 1, "q": 1e-9}
+
+
+def ollama(settings: dict[str, Any], _engines: list[Engine]) -> None:
+    settings["pools"]["p"]["backend"] = "ollama"
+
+
+def idle(found: Fleet) -> bool:
+    """Whether nothing is under way any more."""
+    core = found.worker.core
+    return not core.live and not any(one.outstanding for one in core.instances().values())
+
+
+def raw(*pieces: bytes) -> Any:
+    """An engine that writes these bytes."""
+
+    async def behave(_asked: Asked, _leaving: Leaving, writer: Writer) -> None:
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+
+    return behave
+
+
+# streams of lines
+
+
+def test_ollamas_lines_are_passed_on_as_they_come(tmp_path: Path) -> None:
+    async def body() -> None:
+        slow = stream(*LINES, end="hang", kind="lines")
+        async with fleet(tmp_path, slow, change=ollama) as found:
+            asked = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+            async with found.client.stream("POST", "/api/chat", json=asked) as answer:
+                got = b""
+                async for data in answer.aiter_raw():
+                    got += data
+                    if got == b"".join(LINES):
+                        break
+
+    run(asyncio.wait_for(body(), 5))
+
+
+def test_a_cut_stream_of_lines_ends_with_a_whole_line(tmp_path: Path) -> None:
+    async def body() -> None:
+        cut = stream(LINES[0], LINES[1][:9], end="cut", kind="lines")
+        async with fleet(tmp_path, cut, change=ollama) as found:
+            asked = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+            answer = await found.client.post("/api/chat", json=asked)
+            first, last = answer.content.splitlines(keepends=True)
+            assert first == LINES[0]
+            assert "broke off" in json.loads(last)["error"]
+            found.engines[0].behaviour = stream(*LINES, LAST, kind="lines")
+            answer = await found.client.post("/api/chat", json=asked)
+            assert answer.content == b"".join((*LINES, LAST))
+
+    run(body())
+
+
+# queues
+
+
+def test_who_waits_before_a_dead_pool_gets_a_place_in_the_living_one(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fleet(tmp_path, plain(), plain(wait=0.1), change=two_pools) as found:
+            found.worker.core.instances()["e0"].down = "probe"
+            answers = await asyncio.wait_for(asyncio.gather(*(found.chat() for _ in range(6))), 5)
+            assert Counter(one.status_code for one in answers) == {200: 6}
+            assert not any(pool.waiting for pool in found.worker.core.pools.values())
+
+    run(body())
+
+
+def test_a_request_waits_no_longer_than_the_queues_timeout_in_all(tmp_path: Path) -> None:
+    async def body() -> None:
+        queue = {"length": 9, "timeout": 1.5}
+        async with fleet(tmp_path, plain(), queue=queue) as found:
+            await found.engines[0].stop()
+            answer = await asyncio.wait_for(found.chat(), 4)
+            assert answer.status_code == 503
+
+    run(body())
+
+
+def test_a_drain_tells_those_who_wait(tmp_path: Path) -> None:
+    def change(settings: dict[str, Any], _engines: list[Engine]) -> None:
+        settings["pools"]["p"]["max_outstanding"] = 1
+        settings["drain_timeout"] = 0.2
+
+    async def body() -> None:
+        async with fleet(tmp_path, hang, change=change) as found:
+            asked = [asyncio.create_task(found.chat()) for _ in range(3)]
+            await until(lambda: len(found.worker.core.live) == 3)
+            found.worker.stopping.set()
+            answers = await asyncio.gather(*asked)
+            assert [one.status_code for one in answers] == [503] * 3
+            assert all("being stopped" in one.text for one in answers)
+
+    run(body())
+
+
+# engines
+
+
+def test_a_request_that_kills_engines_does_not_kill_all(tmp_path: Path) -> None:
+    """Each dies of it on a connection that was in use before, and is gone when asked again."""
+
+    def lethal(own: list[Engine]) -> Any:
+        async def behave(asked: Asked, leaving: Leaving, writer: Writer) -> None:
+            if b"poison" in asked.body:
+                await own[0].stop()
+                writer.transport.abort()
+            else:
+                await plain()(asked, leaving, writer)
+
+        return behave
+
+    async def body() -> None:
+        owns: list[list[Engine]] = [[] for _ in range(7)]
+        async with fleet(tmp_path, *map(lethal, owns)) as found:
+            for own, engine in zip(owns, found.engines, strict=True):
+                own.append(engine)
+            await asyncio.gather(*(found.chat() for _ in range(28)))
+            answer = await found.chat(messages=[{"role": "user", "content": "poison"}])
+            assert answer.status_code == 503
+            died = [e for e in found.engines if any(b"poison" in a.body for a in e.seen)]
+            assert len(died) <= 4
+            assert (await found.chat()).status_code == 200
+
+    run(body())
+
+
+def test_a_connection_is_not_handed_on_while_it_is_paused(tmp_path: Path) -> None:
+    """A large answer that its client does not fetch must not stop who gets the connection next."""
+    large = event("x" * 200_000)
+
+    async def body() -> None:
+        async with fleet(tmp_path, stream(*[large] * 8, DONE)) as found:
+            asked = b'{"model":"m","stream":true,"messages":[]}'
+            slow_reader, slow = await asyncio.open_connection("127.0.0.1", found.port, limit=1024)
+            slow.write(request(asked))
+            await slow_reader.read(1)
+            slow.transport.pause_reading()
+            engine = found.engines[0]
+            await until(lambda: engine.open == 0)
+            for _ in range(4):
+                answer = await asyncio.wait_for(found.chat(stream=True), 5)
+                assert answer.content == large * 8 + DONE
+            slow.transport.abort()
+            await until(lambda: idle(found))
+
+    run(body())
+
+
+def test_a_client_that_does_not_read_is_no_fault_of_the_engine(tmp_path: Path) -> None:
+    large = event("x" * 500_000)
+    timeouts = {"idle": 0.3, "first_token": 5}
+
+    async def body() -> None:
+        async with fleet(tmp_path, stream(*[large] * 30, DONE), timeouts=timeouts) as found:
+            asked = b'{"model":"m","stream":true,"messages":[]}'
+            reader, writer = await asyncio.open_connection("127.0.0.1", found.port, limit=1024)
+            writer.write(request(asked))
+            await reader.read(1)
+            writer.transport.pause_reading()
+            await asyncio.sleep(1.2)
+            engine = found.worker.core.instances()["e0"]
+            assert (engine.failures, len(found.worker.core.live)) == (0, 1)
+            writer.transport.abort()
+            await until(lambda: idle(found))
+
+    run(body())
+
+
+def request(body: bytes, path: str = "/v1/chat/completions", **headers: str) -> bytes:
+    """A request as bytes."""
+    lines = {"Host": "x", "Authorization": f"Bearer {KEY}", "Content-Length": str(len(body))}
+    text = "".join(f"{name}: {value}\r\n" for name, value in {**lines, **headers}.items())
+    return f"POST {path} HTTP/1.1\r\n{text}\r\n".encode() + body
+
+
+def answer(head: bytes, body: bytes = b"{}") -> bytes:
+    return b"HTTP/1.1 %s\r\ncontent-length: %d\r\n\r\n" % (head, len(body)) + body
+
+
+ODD = {
+    "no content": b"HTTP/1.1 204 No Content\r\n\r\n",
+    "redirect": answer(b"307 X\r\nlocation: http://192.0.2.1/"),
+    "unknown status": answer(b"999 X"),
+    "created": answer(b"201 X"),
+    "gzip": answer(b"200 X\r\ncontent-type: application/json\r\ncontent-encoding: gzip"),
+    "not modified": b"HTTP/1.1 304 X\r\n\r\n",
+    "no HTTP": b"SSH-2.0-x\r\n",
+    "endless head": b"HTTP/1.1 200 X\r\n" + b"x: " + b"y" * 300_000,
+    "many headers": b"HTTP/1.1 200 X\r\n" + b"x: y\r\n" * 50_000 + b"\r\n",
+    "endless interim": b"HTTP/1.1 100 X\r\n\r\n" * 10_000,
+    "switching": b"HTTP/1.1 101 X\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n",
+    "two lengths": b"HTTP/1.1 200 X\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\n{}",
+    "length and chunks": answer(b"200 X\r\ntransfer-encoding: chunked"),
+    "bad chunk": b"HTTP/1.1 200 X\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
+    "control characters": b"HTTP/1.1 200 X\r\ncontent-type: a\x01b\r\ncontent-length: 2\r\n\r\n{}",
+    "folded header": b"HTTP/1.1 200 X\r\ncontent-type: a\r\n b\r\ncontent-length: 2\r\n\r\n{}",
+}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("odd", ODD)
+def test_answers_that_are_none_are_told_as_faults_of_the_engine(
+    tmp_path: Path, odd: str, streamed: bool
+) -> None:
+    async def body() -> None:
+        async with fleet(tmp_path, raw(ODD[odd]), queue={"timeout": 1}) as found:
+            asked = found.chat(stream=streamed)
+            answer = await asyncio.wait_for(asked, 9)
+            assert answer.status_code in (502, 503), answer.content
+            assert answer.json()["error"]["type"] == "server_error"
+            await until(lambda: idle(found))
+
+    run(body())
+
+
+def test_a_page_instead_of_an_error_is_not_passed_on(tmp_path: Path) -> None:
+    page = b"<html>not found</html>"
+
+    async def body() -> None:
+        async with fleet(tmp_path, raw(answer(b"404 X\r\ncontent-type: text/html", page))) as found:
+            got = await found.chat()
+            assert got.status_code == 404
+            assert got.json()["error"]["message"] == "the engine gave no reason"
+
+    run(body())
+
+
+def test_bytes_after_an_answer_are_not_taken_for_the_next_one(tmp_path: Path) -> None:
+    async def body() -> None:
+        forged = answer(b"200 X", b'{"forged":1}')
+        async with fleet(tmp_path, raw(answer(b"200 X") + forged[:20])) as found:
+            for _ in range(5):
+                got = await asyncio.wait_for(found.chat(), 5)
+                assert (got.status_code, got.content) == (200, b"{}")
+
+    run(body())
+
+
+def test_the_log_tells_no_error_of_a_request_that_another_engine_answered(tmp_path: Path) -> None:
+    async def body() -> None:
+        timeouts = {"first_token": 0.3}
+        async with fleet(tmp_path, hang, stream(*EVENTS), timeouts=timeouts) as found:
+            while not found.engines[0].prompts:
+                assert (await found.chat(stream=True)).status_code == 200
+            await until(lambda: any(line["attempts"] == 2 for line in found.logged()))
+            assert {line["error"] for line in found.logged()} == {""}
+
+    run(body())
+
+
+def test_a_copys_answer_of_any_form_is_compared_or_counted_as_failed(tmp_path: Path) -> None:
+    def change(settings: dict[str, Any], engines: list[Engine]) -> None:
+        two_pools(settings, engines)
+        settings["models"]["m"]["pools"] = {"p": 1}
+        settings["models"]["m"]["shadow"] = {"pool": "q", "percent": 100}
+
+    async def body() -> None:
+        odd = [{"choices": {"a": 1}}, {"choices": [1]}, {"choices": [{"delta": 3}]}, [], 7]
+        odd.append({"choices": [{"message": {"content": 4, "tool_calls": [1, {"index": []}]}}]})
+        async with fleet(tmp_path, plain(), plain(), change=change) as found:
+            for body in odd:
+                found.engines[1].behaviour = plain(200, body)
+                assert (await found.chat()).status_code == 200
+                await until(lambda: not found.worker.shadows.running)
+            copies = found.worker.shadows.copies["m"]
+            assert copies.asked == copies.failed + len(copies.compared) == len(odd)
+
+    run(body())
