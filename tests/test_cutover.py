@@ -3,6 +3,8 @@
 import asyncio
 import re
 import shutil
+import subprocess
+import sys
 import textwrap
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -113,6 +115,23 @@ def test_a_model_is_named_where_there_are_several(found):
             wanted.model(asked, found)
         assert said in str(caught.value)
         assert "coder-7b, other" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--phase", "p", "--to", "new", "--back"], "say either --to or --back"),
+        (["--phase", "p", "--limit", "gpu-01"], "no host here is a gateway of phase 'p'"),
+        (["--phase", "p", "--to", "new"], "which model?"),
+        (["--phase", "p", "--model", "coder", "--to", "newer"], "(did you mean new?)"),
+    ],
+)
+def test_wrong_usage_is_two_and_asks_no_host(tmp_path, words, said):
+    make.write(tmp_path, own=INVENTORY)
+    argv = [sys.executable, "-m", "inferfleet", "cutover", *words]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
 
 
 # what all of them say
