@@ -94,13 +94,19 @@ class Core:
         """
         while True:
             await asyncio.sleep(SWEEP)
-            now = self.time()
-            for exchange in [e for e in self.live if e.deadline < now]:
-                exchange.expire(exchange.timeout_reason)
-            for pool in self.pools.values():
-                if pool.waiting:
-                    for _ in range(sum(i.free(now) for i in pool.instances)):
-                        pool.wake()
+            self._end_late(self.time())
+            self.client.sweep()
+            self._wake(self.time())
+
+    def _end_late(self, now: float) -> None:
+        for exchange in [e for e in self.live if e.deadline < now]:
+            exchange.expire(exchange.timeout_reason)
+
+    def _wake(self, now: float) -> None:
+        for pool in self.pools.values():
+            if pool.waiting:
+                for _ in range(sum(i.free(now) for i in pool.instances)):
+                    pool.wake()
 
 
 def _pool(name: str, wanted: PoolConfig, config: Config) -> Pool:
