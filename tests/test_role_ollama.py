@@ -268,31 +268,55 @@ def test_a_model_that_is_not_there_cannot_be_proven(url: str) -> None:
     assert "not found" in run("on-gpu", url, "nothing", "1").stderr
 
 
-def test_provisioning_proves_it_once_a_start(tmp_path: Path) -> None:
-    """The guarded command, with a stand-in for systemctl: only a new start asks again."""
-    (proof,) = [e for e in bundle(tmp_path, "min_gpu_share: 0.5").ensures if "GPUs" in e.title]
-    assert isinstance(proof, Ensure)
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    started = tmp_path / "invocation"
-    for name, script in (("systemctl", f"cat {started}"), ("python3", f"echo $* >>{tmp_path}/log")):
-        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
-        (tools / name).chmod(0o755)
+@pytest.mark.parametrize(("share", "loaded"), [("1", True), ("0", True), ("0", False)])
+def test_a_loaded_model_is_seen_on_the_cpu(
+    share: str, loaded: bool, spec: Callable[..., Path]
+) -> None:
+    """What is not loaded is no evidence: it comes with the next request."""
+    with server(STANDIN_GPU_SHARE=share) as address:
+        assert run("make", address, spec(**{"name": "chat", "from": "m:1b"})).returncode == 0
+        if loaded:
+            run("on-gpu", address, "chat", "0")
+        found = run("still", address, "chat", "0.5")
+        assert found.returncode == (1 if loaded and share == "0" else 0), found.stderr
+
+
+def test_provisioning_proves_it_once_for_a_configuration_and_a_driver(tmp_path: Path) -> None:
+    """The guarded command, with a stand-in for what asks the server."""
+    tools, driver, log = tmp_path / "bin", tmp_path / "version", tmp_path / "log"
+    for folder in (tools, tmp_path / "state"):
+        folder.mkdir()
+    (tools / "python3").write_text(f"#!/bin/sh\necho $3 >>{log}\n[ ! -e {tmp_path}/cpu ]\n")
+    (tools / "python3").chmod(0o755)
     variables = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
 
     def shell(script: str) -> int:
-        own = script.replace("/run/inferfleet", str(tmp_path / "run"))
+        own = script.replace("/var/lib/inferfleet", str(tmp_path / "state"))
+        own = own.replace("/proc/driver/nvidia/version", str(driver))
         return subprocess.run(["sh", "-c", own], env=variables, timeout=10).returncode
 
-    for invocation in ("first", "second"):
-        started.write_text(invocation)
-        assert shell(proof.test) == 1
-        assert shell(proof.run) == 0
-        assert shell(proof.test) == 0
-    log = (tmp_path / "log").read_text().splitlines()
-    assert (
-        log == ["-I /opt/inferfleet/ollama/models.py on-gpu http://127.0.0.1:11434 coder 0.5"] * 2
-    )
+    def proof(folder: str, options: str) -> Ensure:
+        found = bundle(tmp_path / folder, options).ensures
+        return next(each for each in found if "GPUs" in each.title)
+
+    def proves(wanted: Ensure) -> list[str]:
+        """What is asked until nothing is left to do, and once more."""
+        log.write_text("")
+        before = shell(wanted.test)
+        assert before == 0 or shell(wanted.run) == 0
+        assert shell(wanted.test) == 0
+        return log.read_text().split()
+
+    first, other = proof("a", "min_gpu_share: 0.5"), proof("b", "num_parallel: 8")
+    assert proves(first) == ["on-gpu", "still"]  # no driver is told as one: a folder, a lab
+    driver.write_text("NVRM version: 570.86.15\n")
+    assert proves(first) == ["on-gpu", "still"]
+    assert proves(first) == ["still", "still"], "a restart or a reboot changes nothing"
+    assert proves(other) == ["on-gpu", "still"]
+    driver.unlink()  # as after a new kernel without its module
+    assert proves(other) == ["on-gpu", "still"]
+    (tmp_path / "cpu").touch()
+    assert shell(other.test) == 1
 
 
 def test_what_the_model_is_made_of_is_reviewable(tmp_path: Path) -> None:

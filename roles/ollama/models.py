@@ -4,6 +4,7 @@
     models.py make URL SPEC           pull the model; create it anew when SPEC changes it
     models.py has URL SPEC            is it there, as SPEC says?
     models.py on-gpu URL NAME SHARE   load it; is at least SHARE of it in GPU memory?
+    models.py still URL NAME SHARE    the same where it is loaded; yes where it is not
 
 SPEC is a JSON file: name, from (a tag, or the path of a GGUF file on this host), parameters,
 system, template. What a model was made of is kept in SPEC.made: the server does not tell.
@@ -153,10 +154,16 @@ def _has_blob(url: str) -> bool:
 def on_gpu(url: str, name: str, share: float) -> None:
     """Load the model, and Failed when less than `share` of it is in GPU memory."""
     asked(f"{url}/api/generate", {"model": name, "stream": False})
+    if not still(url, name, share):
+        raise Failed(f"{name} was asked for and is not loaded")
+
+
+def still(url: str, name: str, share: float) -> bool:
+    """Whether the model is loaded; Failed when it is, with less than `share` in GPU memory."""
     loaded = {model["name"]: model for model in asked(f"{url}/api/ps")["models"]}
     model = loaded.get(name) or loaded.get(f"{name}:latest")
     if model is None:
-        raise Failed(f"{name} was asked for and is not loaded")
+        return False
     size, inside = model["size"], model.get("size_vram", 0)
     if inside < share * size:
         where = "on the CPU" if not inside else f"{inside / size:.0%} on GPUs"
@@ -165,12 +172,14 @@ def on_gpu(url: str, name: str, share: float) -> None:
             "; is the driver loaded, do model and context fit? (min_gpu_share: how much has to)"
         )
     print(f"{name}: {inside / 2**30:.1f} of {size / 2**30:.1f} GiB are in GPU memory")
+    return True
 
 
 def main(words: list[str]) -> int:
     try:
-        if words[:1] == ["on-gpu"]:
-            on_gpu(words[1], words[2], float(words[3]))
+        if words[0] in ("on-gpu", "still"):
+            look = on_gpu if words[0] == "on-gpu" else still
+            look(words[1], words[2], float(words[3]))
         else:
             {"has": has, "make": make}[words[0]](words[1], Path(words[2]))
     except (Failed, OSError) as error:

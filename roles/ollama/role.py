@@ -26,6 +26,8 @@ KIND = "engine"
 BINARY = "/usr/local/bin/ollama"
 HOME = "/var/lib/ollama"
 PROGRAM = "/opt/inferfleet/ollama/models.py"
+STATE = "/var/lib/inferfleet"  # what the applier remembers
+DRIVER = "/proc/driver/nvidia/version"
 CONTAINER_PORT = 11434
 STOP_TIMEOUT = 30  # seconds; Ollama cuts running requests, whatever it is given
 
@@ -47,7 +49,6 @@ tar --zstd -xf "$archive" -C /usr/local
 _ON_GPU = """\
 set -e
 {prove}
-mkdir -p /run/inferfleet
 echo "{proven}" > {stamp}
 """
 
@@ -235,16 +236,28 @@ def _made(instance: Instance) -> Ensure:
 
 
 def _on_gpu(instance: Instance) -> Ensure:
-    """Without its GPUs, Ollama falls back to the CPU and says nothing: asked once a start."""
-    name, share = instance.deployment.model.served_name, instance.options["min_gpu_share"]
-    stamp = sh(f"/run/inferfleet/{instance.name}.on-gpu")
-    started = f"$(systemctl show -p InvocationID --value {sh(instance.unit)})"
-    proven = f"{started} {hashlib.sha256(f'{name} {share}'.encode()).hexdigest()[:12]}"
+    """Without its GPUs, Ollama falls back to the CPU and says nothing.
+
+    Proven once for what decides it, the configuration and the driver; a restart or a reboot changes
+    neither. A model that lies on the CPU now is seen whenever somebody looks.
+    """
+    name, share = instance.deployment.model.served_name, str(instance.options["min_gpu_share"])
+    stamp = sh(f"{STATE}/{instance.name}.on-gpu")
+    proven = f"{_decisive(instance)} $(cksum 2>/dev/null <{DRIVER})"
+    still = _asking("still", instance, name, share)
     return Ensure(
         f"model {name} sits on its GPUs",
-        test=f'[ "$(cat {stamp} 2>/dev/null)" = "{proven}" ]',
+        test=f'[ "$(cat {stamp} 2>/dev/null)" = "{proven}" ] && {still} >/dev/null 2>&1',
         run=_ON_GPU.format(
-            prove=_asking("on-gpu", instance, name, str(share)), proven=proven, stamp=stamp
+            prove=_asking("on-gpu", instance, name, share), proven=proven, stamp=stamp
         ),
         timeout=900,
     )
+
+
+def _decisive(instance: Instance) -> str:
+    """A digest of what decides whether the model finds room on its GPUs."""
+    options = instance.options
+    own = [options.get(key) for key in ("min_gpu_share", "version", "image", "runtime")]
+    whole = [*own, spec(instance), variables(instance), instance.devices]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:16]
