@@ -171,7 +171,7 @@ def _read(source: Path) -> Mapping[str, Any]:
 
 
 def _check_schema(source: Path, schema: Mapping[str, Any]) -> None:
-    """Raises Error where it is no JSON Schema of an object with described properties."""
+    """Raises Error where it is no JSON Schema of an object."""
     import jsonschema  # here, because it costs more than all else at start
 
     try:
@@ -180,5 +180,5 @@ def _check_schema(source: Path, schema: Mapping[str, Any]) -> None:
         where = ".".join(map(str, error.absolute_path))
         said = f"{where}: {error.message}" if where else error.message
         raise Error(f"{source}: is no JSON Schema: {said}") from error
-    if schema.get("type") != "object" or "description" not in schema:
-        raise Error(f"{source}: must say `type: object` and a `description`, then `properties`")
+    if schema.get("type") != "object":
+        raise Error(f"{source}: must be the schema of an object: `type: object`, `properties`")

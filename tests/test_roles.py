@@ -79,7 +79,7 @@ def test_a_schema_that_cannot_be_read_names_its_file(tmp_path, text):
         (None, "schema.yml: cannot be read: no such file or directory; a role says its options"),
         ("type: object\na: [", "schema.yml:3:1: is not YAML: did not find expected node content"),
         ("a: \x07", "schema.yml: is not YAML: unacceptable character"),
-        ("a: 1", "schema.yml: must say `type: object` and a `description`, then `properties`"),
+        ("a: 1", "schema.yml: must be the schema of an object: `type: object`, `properties`"),
         ("type: objct", "schema.yml: is no JSON Schema: type: 'objct' is not valid under any"),
         (
             "type: object\nproperties: [a]",
