@@ -65,7 +65,7 @@ def test_help_shows_our_options_and_not_those_of_invoke(tmp_path, words):
     shown = run(tmp_path, *words)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert "--help" in shown.stdout if words == ["--help"] else "--limit" in shown.stdout
-    for foreign in ("core", "--pty", "--dry", "--hide", "--echo", "sudo-password", "write-pyc"):
+    for foreign in ("Core", "--pty", "--dry", "--hide", "--echo", "sudo-password", "write-pyc"):
         assert foreign not in shown.stdout
 
 
