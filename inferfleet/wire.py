@@ -60,7 +60,7 @@ def applier_source() -> bytes:
     folder = resources.files("inferfleet.applier")
     loads = [
         f"load('inferfleet.applier.{name}', {folder.joinpath(name + '.py').read_text('utf-8')!r})\n"
-        for name in ("disk", "commands", "guard", "transaction", "apply")
+        for name in ("disk", "commands", "guard", "manifest", "transaction", "apply")
     ]
     end = "sys.exit(sys.modules['inferfleet.applier.apply'].main())\n"
     return "".join([_LOAD, *loads, end]).encode()

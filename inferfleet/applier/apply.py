@@ -10,13 +10,13 @@ import pwd
 import signal
 import stat
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from inferfleet.applier.commands import RELOAD, act, check, emit, ensured
 from inferfleet.applier.disk import Disk, Failed
 from inferfleet.applier.guard import Guard
+from inferfleet.applier.manifest import UNITS, generation, named, same, stops
 from inferfleet.applier.transaction import State, Transaction
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     Json = dict[str, Any]
 
-UNITS = "/etc/systemd/system"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 UNTOUCHED = "no file was changed"
 LATER = "the next run goes on from there"
@@ -112,7 +111,7 @@ class Apply:
         changed = [file for file in self.files.values() if self.differs(file)]
         gone = [path for path in old["files"] if path not in self.files]
         missing = self.missing(changed)
-        new = self.manifest(old, missing)
+        new = generation(self.request, old, self.parents & {*old["directories"], *missing})
         if not changed and not gone and same(old, new):
             return False
         if changed:
@@ -170,22 +169,6 @@ class Apply:
         """Directories to make, parents first."""
         parents = {str(p) for file in files for p in Path(file["path"]).parents}
         return sorted(parent for parent in parents if not self.disk.at(parent).exists())
-
-    def manifest(self, old: Json, missing: Iterable[str]) -> Json:
-        entry = ("sha256", "mode", "owner", "group", "restarts", "reloads")
-        return {
-            "generation": old["generation"] + 1,
-            "phase": self.request["phase"],
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "owner": self.request["owner"],
-            "reason": self.request["reason"],
-            "files": {
-                file["path"]: {"role": part["role"], **{key: file[key] for key in entry}}
-                for part in self.parts
-                for file in part["files"]
-            },
-            "directories": sorted(self.parents & {*old["directories"], *missing}),
-        }
 
     def promises(self, touched: dict[str, Json], stopped: Iterable[str]) -> dict[str, str]:
         """What is owed once the files are in place, together with what was owed before."""
@@ -273,34 +256,11 @@ class Apply:
             emit("left_out", validators=validators, ensures=ensures, units=sorted(units))
 
 
-def named(file: Json) -> list[str]:
-    """The units a file restarts or reloads."""
-    return [*file["restarts"], *file["reloads"]]
-
-
-def same(old: Json, new: Json) -> bool:
-    """Whether two manifests say the same of the files."""
-    return all(old[key] == new[key] for key in ("phase", "files", "directories"))
-
-
 def beside(path: str) -> str:
     """A name in the same directory that nobody has taken."""
     directory, _, name = path.rpartition("/")
     short = os.fsdecode(os.fsencode(name)[:200])  # a name has 255 bytes at most
     return f"{directory}/.{short}.inferfleet-{os.urandom(4).hex()}"
-
-
-def stops(gone: Iterable[str], files: dict[str, Json]) -> dict[str, str]:
-    """Units to stop, with the unit file each loses; of a template, the units that were named."""
-    found = {}
-    known: set[str] = set().union(*map(named, files.values()))
-    for path in gone:
-        directory, _, name = path.rpartition("/")
-        stem, at, suffix = name.partition("@.")
-        instances = [u for u in known if u.startswith(stem + "@") and u.endswith("." + suffix)]
-        if directory == UNITS and "." in name:
-            found.update(dict.fromkeys(sorted(instances) if at else [name], path))
-    return found
 
 
 def explained(error: Failed | OSError, outlook: str) -> str:
