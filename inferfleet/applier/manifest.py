@@ -1,4 +1,4 @@
-"""What a generation says of a host's files, and what follows from the one before; touches nothing."""
+"""What a generation says of a host's files, and what follows from another; touches nothing."""
 
 from __future__ import annotations
 
