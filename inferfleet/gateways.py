@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from inferfleet.abilities import Abilities, abilities, common
 from inferfleet.model import Deployment, Instance, Plan, Secret, Step, endpoint
 
 ROLE = "gateway"
@@ -18,7 +19,6 @@ FOLDER = "/etc/inferfleet/gateway"
 STATE = "/var/lib/inferfleet-gateway"
 ENGINES = {"llama": "ollama", "vllm": "vllm", "tgi": "tgi"}  # what `backend` says -> engine
 _SPEAKS = {"ollama": "ollama", "tgi": "tgi", "vllm": "vllm", "simulator": "vllm"}
-_CONTEXT = {"ollama": "context_length", "tgi": "max_total_tokens"}  # option; else max_model_len
 _SIZE = re.compile(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)[bB](?![A-Za-z0-9])")
 _COPIED = ("drain_timeout", "max_body_mib", "public_models", "queue", "timeouts", "health")
 
@@ -43,6 +43,7 @@ class Source:
     weight: int
     pool: Mapping[str, Any]
     deployment: Deployment | None = None
+    can: Abilities | None = None  # None: a provider's, which only the settings know
 
 
 def gateways(plan: Plan) -> list[Gateway]:
@@ -112,24 +113,18 @@ def sources(step: Step, plan: Plan) -> list[Source]:
 
 
 def _deployed(step: Step, plan: Plan, names: Mapping[str, str]) -> Iterator[Source]:
-    found: dict[str, list[tuple[str, Instance]]] = {name: [] for name in plan.phase.deployments}
-    for steps in plan.steps.values():
-        for each in steps:
-            for instance in each.instances:
-                found[instance.deployment.name].append((each.role, instance))
-    for name, instances in found.items():
-        if instances:
-            role, deployment = instances[0][0], instances[0][1].deployment
-            served = deployment.model.served_name
-            pool = {
-                "backend": _SPEAKS.get(role, "openai"),
-                "model": served,
-                "max_outstanding": step.settings["max_outstanding"],
-                **({"key_file": key_file("engine", name)} if deployment.api_key else {}),
-                "instances": [_instance(instance) for _, instance in instances],
-            }
-            model = names.get(served, served)
-            yield Source(name, name, model, len(instances), pool, deployment)
+    for name, (role, instances) in plan.deployed().items():
+        deployment = instances[0].deployment
+        served = deployment.model.served_name
+        pool = {
+            "backend": _SPEAKS.get(role, "openai"),
+            "model": served,
+            "max_outstanding": step.settings["max_outstanding"],
+            **({"key_file": key_file("engine", name)} if deployment.api_key else {}),
+            "instances": [_instance(instance) for instance in instances],
+        }
+        model, can = names.get(served, served), abilities(role, instances)
+        yield Source(name, name, model, len(instances), pool, deployment, can)
 
 
 def _instance(instance: Instance) -> dict[str, str]:
@@ -180,19 +175,35 @@ def _model(name: str, settings: Mapping[str, Any], found: list[Source]) -> dict[
     own = settings["models"].get(name, {})
     mine = [source for source in found if source.model == name]
     weights = weighed(mine, own, settings.get("backend"))
-    asked = [s.deployment for s in mine if s.deployment and weights[s.name]]
+    serving = asked(name, settings, found)
     made: dict[str, Any] = {"aliases": list(own.get("aliases", ())), "pools": weights}
     if shadow := own.get("shadow"):
         pools = {source.said: source.name for source in mine}
         made["shadow"] = {"pool": pools[shadow["pool"]], "percent": shadow["percent"]}
-    contexts = [tokens for d in asked if (tokens := _context(d))]
-    made |= {"context_length": min(contexts)} if contexts else {}
-    made |= {"tools": bool(asked) and all(map(_tools, asked))}
-    made |= {"embeddings": bool(asked) and all(map(_embeds, asked))}
+    made |= _told(can(serving))
     said = ("context_length", "max_output", "tools", "vision", "embeddings")
     made |= {key: own[key] for key in said if key in own}
-    details = {**(_details(asked[0]) if asked else {}), **own.get("details", {})}
+    deployments = [source.deployment for source in serving if source.deployment]
+    details = {**(_details(deployments[0]) if deployments else {}), **own.get("details", {})}
     return {**made, "details": details} if details else made
+
+
+def asked(name: str, settings: Mapping[str, Any], found: list[Source]) -> list[Source]:
+    """Where the inventory sends requests for a model."""
+    own, mine = settings["models"].get(name, {}), [s for s in found if s.model == name]
+    weights = weighed(mine, own, settings.get("backend"))
+    return [source for source in mine if weights[source.name]]
+
+
+def can(serving: list[Source]) -> Abilities:
+    """What the engines have in common; of providers nothing is known."""
+    return common([source.can for source in serving if source.can])
+
+
+def _told(can: Abilities) -> dict[str, Any]:
+    context = {"context_length": can.context} if can.context else {}
+    flags = {"tools": can.tools, "vision": can.vision, "embeddings": can.embeddings}
+    return {**context, **flags}
 
 
 def weighed(mine: list[Source], own: Mapping[str, Any], backend: str | None) -> dict[str, float]:
@@ -204,35 +215,6 @@ def weighed(mine: list[Source], own: Mapping[str, Any], backend: str | None) -> 
         return {source.name: given.get(source.said, 0) for source in mine}
     chosen = [s for s in mine if s.deployment and s.deployment.engine == ENGINES.get(backend or "")]
     return {s.name: s.weight if s in chosen or not chosen else 0 for s in mine}
-
-
-def _context(deployment: Deployment) -> int | None:
-    """Tokens of prompt and answer together that the engine takes."""
-    option = _CONTEXT.get(deployment.engine, "max_model_len")
-    found = deployment.options.get(option, deployment.model.context_length)
-    return int(found) if found else None
-
-
-def _tools(deployment: Deployment) -> bool:
-    """Whether requests may offer tools.
-
-    vLLM needs a parser, TGI's grammar does it for any model, Ollama's own models bring a template.
-    """
-    if deployment.engine == "ollama":
-        own = deployment.options.get("modelfile", {})
-        return not deployment.model.repository.startswith("/") and "template" not in own
-    words = deployment.extra_args
-    return (
-        deployment.engine == "tgi"
-        or "tool_call_parser" in deployment.options
-        or any(word.startswith("--tool-call-parser") for word in words)
-    )
-
-
-def _embeds(deployment: Deployment) -> bool:
-    """Whether it makes embeddings, and no text."""
-    line = " ".join(deployment.extra_args).replace("=", " ")
-    return "--runner pooling" in line or "--task embed" in line
 
 
 def _details(deployment: Deployment) -> dict[str, str]:

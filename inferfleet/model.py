@@ -201,6 +201,17 @@ class Plan:
             for step in steps:
                 yield from step.instances
 
+    def deployed(self) -> dict[str, tuple[str, tuple[Instance, ...]]]:
+        """Role and instances of each deployment that runs anywhere, in the phase's order."""
+        found: dict[str, tuple[str, tuple[Instance, ...]]] = {}
+        for steps in self.steps.values():
+            for step in steps:
+                for instance in step.instances:
+                    name = instance.deployment.name
+                    role, before = found.get(name, (step.role, ()))
+                    found[name] = (role, (*before, instance))
+        return {name: found[name] for name in self.phase.deployments if name in found}
+
 
 @dataclass(frozen=True, slots=True)
 class Artefact:

@@ -20,11 +20,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferfleet.clients import CLIENTS, abilities, configuration, writing
+from inferfleet.abilities import LONGEST_ANSWER, abilities, share
+from inferfleet.clients import CLIENTS, configuration, writing
 from inferfleet.clients.access import Access, Configuration, Endpoint, Served
 from inferfleet.clients.discovery import Wanted, access
 from inferfleet.errors import Error, UsageError
-from inferfleet.model import Deployment, Model
+from inferfleet.model import Deployment, Host, Instance, Model
 
 ROOT = Path(__file__).parent.parent
 MODELS = """
@@ -267,37 +268,36 @@ def test_a_rehearsal_has_the_simulators_context_and_no_tools(tmp_path):
 
 @given(st.integers(1, 10**7))
 def test_prompt_and_answer_fit_the_context(tokens):
-    output = abilities.share(tokens)
-    assert 1 <= output <= abilities.LONGEST_ANSWER
+    output = share(tokens)
+    assert 1 <= output <= LONGEST_ANSWER
     assert Served("m", tokens, output).input + output == tokens
 
 
-def deployment(engine, repository, *arguments, **options):
+def instance(engine, repository, *arguments, **options):
     model = Model("m", repository, served_name="m")
-    return Deployment(
-        "d", engine, model, ("h",), 8000, options=options, extra_args=tuple(arguments)
-    )
+    made = Deployment("d", engine, model, ("h",), 8000, extra_args=tuple(arguments))
+    return Instance(made, Host("h", "192.0.2.1"), 0, 8000, (), "127.0.0.1", options)
 
 
 @pytest.mark.parametrize(
     ("engine", "made", "able"),
     [
-        ("vllm", deployment("vllm", "Qwen/Qwen3-8B"), False),
-        ("vllm", deployment("vllm", "Qwen/Qwen3-8B", tool_call_parser="hermes"), True),
-        ("vllm", deployment("vllm", "Qwen/Qwen3-8B", "--tool-call-parser=hermes"), True),
-        ("ollama", deployment("ollama", "qwen2.5-coder:7b"), True),
-        ("ollama", deployment("ollama", "library/llama3.1"), True),
-        ("ollama", deployment("ollama", "gemma2:9b"), False),
-        ("ollama", deployment("ollama", "/srv/models/qwen3"), False),
-        ("ollama", deployment("ollama", "qwen3", modelfile={"template": "{{ .Prompt }}"}), False),
-        ("ollama", deployment("ollama", "gemma2", modelfile={"template": "{{ .Tools }}"}), True),
-        ("tgi", deployment("tgi", "Qwen/Qwen3-8B"), True),
-        ("tgi", deployment("tgi", "Qwen/Qwen3-8B", "--disable-grammar-support"), False),
-        ("simulator", deployment("vllm", "Qwen/Qwen3-8B", tool_call_parser="hermes"), False),
+        ("vllm", instance("vllm", "Qwen/Qwen3-8B"), False),
+        ("vllm", instance("vllm", "Qwen/Qwen3-8B", tool_call_parser="hermes"), True),
+        ("vllm", instance("vllm", "Qwen/Qwen3-8B", "--tool-call-parser=hermes"), True),
+        ("ollama", instance("ollama", "qwen2.5-coder:7b"), True),
+        ("ollama", instance("ollama", "library/llama3.1"), True),
+        ("ollama", instance("ollama", "gemma2:9b"), False),
+        ("ollama", instance("ollama", "/srv/models/qwen3"), False),
+        ("ollama", instance("ollama", "qwen3", modelfile={"template": "{{ .Prompt }}"}), False),
+        ("ollama", instance("ollama", "gemma2", modelfile={"template": "{{ .Tools }}"}), True),
+        ("tgi", instance("tgi", "Qwen/Qwen3-8B"), True),
+        ("tgi", instance("tgi", "Qwen/Qwen3-8B", "--disable-grammar-support"), False),
+        ("simulator", instance("vllm", "Qwen/Qwen3-8B", tool_call_parser="hermes"), False),
     ],
 )
 def test_tools_are_offered_only_where_the_engine_reads_them(engine, made, able):
-    assert abilities.tools(engine, made) is able
+    assert abilities(engine, [made]).tools is able
 
 
 @pytest.mark.parametrize(
@@ -313,9 +313,19 @@ def test_tools_are_offered_only_where_the_engine_reads_them(engine, made, able):
     ],
 )
 def test_names_that_say_what_a_model_does(repository, sees, embeds):
-    made = deployment("vllm", repository)
-    assert (abilities.vision(made), abilities.embeddings(made)) == (sees, embeds)
-    assert abilities.embeddings(deployment("vllm", "a/b", "--runner", "pooling"))
+    made = abilities("vllm", [instance("vllm", repository)])
+    assert (made.vision, made.embeddings) == (sees, embeds)
+    assert abilities("vllm", [instance("vllm", "a/b", "--runner", "pooling")]).embeddings
+
+
+def test_a_deployment_can_what_all_its_instances_can():
+    options = [{"max_model_len": 8192, "tool_call_parser": "hermes"}, {"max_model_len": 4096}]
+    made = abilities("vllm", [instance("vllm", "a/b", **own) for own in options])
+    assert (made.context, made.tools) == (4096, False)
+    assert (
+        abilities("vllm", [instance("vllm", "a/b", **own) for own in (*options, {})]).context
+        is None
+    )
 
 
 # formats
@@ -663,7 +673,7 @@ def test_the_command_writes_and_says_what_it_did(example):
     [
         (["--phase", "pilot"], 2, "which client"),
         (["--phase", "pilt", "--for", "curl"], 2, "did you mean pilot?"),
-        (["--phase", "pilot", "--for", "curl", "--user", "x"], 2, "those of phase 'pilot'"),
+        (["--phase", "pilot", "--for", "curl", "--user", "x"], 2, "it has pilot-team"),
         (["--phase", "pilot", "--for", "ollama"], 1, "no Ollama API"),
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import io
 import json
 import os
@@ -29,7 +28,6 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 from rich.console import Console
 
-from inferfleet import model
 from inferfleet.cli import namespace
 from inferfleet.errors import Error, UsageError
 from inferfleet.load import bench, compare, page, plot, report, saved, steps, target
@@ -533,6 +531,30 @@ phases:
         tls: {certificate: !file tls.crt, key: !file tls.key}
   two: {users: 1, why: w, hosts: [edge, gpu], deployments: [a, b], roles: *roles}
   bare: {users: 1, why: w, hosts: [gpu], deployments: [a]}
+  gated:
+    users: 1
+    why: w
+    hosts: [edge, gpu]
+    deployments: [a, b]
+    roles:
+      balancer:
+        hosts: [edge]
+        server_name: llm.example.com
+        tls: {certificate: !file tls.crt, key: !file tls.key}
+      gateway:
+        hosts: [gpu]
+        api_keys: {web: {key: !env WEB_KEY, concurrency: 4}}
+  joined:
+    users: 1
+    why: w
+    hosts: [gpu]
+    deployments: [a, b]
+    roles:
+      gateway:
+        hosts: [gpu]
+        listen: public
+        api_keys: {web: !env WEB_KEY}
+        models: {little: {aliases: [large]}}
 """
 
 
@@ -547,7 +569,7 @@ def fleet(tmp_path, monkeypatch):
 
 def test_a_phase_is_reached_through_its_balancer_with_a_clients_key(fleet):
     found = target.of_phase(fleet, fleet.plan("one"), "", "web", "")
-    assert (found.url, found.model, found.api) == ("https://192.0.2.1:443", "little", "openai")
+    assert (found.url, found.model, found.api) == ("https://192.0.2.1", "little", "openai")
     assert (found.user, found.key, found.server_name) == ("web", "web-value", "llm.example.com")
     assert found.pinned.startswith("-----BEGIN")
     assert "web-value" not in repr(found)
@@ -557,7 +579,7 @@ def test_a_phase_is_reached_through_its_balancer_with_a_clients_key(fleet):
 
 def test_of_several_deployments_each_has_its_path(fleet):
     found = target.of_phase(fleet, fleet.plan("two"), "large", "", "")
-    assert (found.url, found.model) == ("https://192.0.2.1:443/b", "large")
+    assert (found.url, found.model) == ("https://192.0.2.1/b", "large")
     with pytest.raises(UsageError, match="which model"):
         target.of_phase(fleet, fleet.plan("two"), "", "", "")
     with pytest.raises(UsageError, match="did you mean large"):
@@ -565,24 +587,20 @@ def test_of_several_deployments_each_has_its_path(fleet):
 
 
 def test_a_gateway_holds_the_keys_and_knows_every_model(fleet):
-    plan = fleet.plan("two")
-    own = {
-        "port": 8080,
-        "api_keys": {"web": {"key": model.Secret("env", "WEB_KEY"), "concurrency": 4}},
-    }
-    more = model.Step(plan.hosts[1], "gateway", settings=own)
-    plan = dataclasses.replace(plan, steps={**plan.steps, "gpu": (*plan.steps["gpu"], more)})
+    plan = fleet.plan("gated")
     found = target.of_phase(fleet, plan, "other-name", "web", "")
-    assert (found.url, found.model) == ("https://192.0.2.1:443", "other-name")
+    assert (found.url, found.model) == ("https://192.0.2.1", "other-name")
     assert (found.user, found.key) == ("web", "web-value")
     with pytest.raises(UsageError, match=r"it has web$"):
         target.of_phase(fleet, plan, "large", "team", "")
+    found = target.of_phase(fleet, fleet.plan("joined"), "", "", "")
+    assert (found.url, found.model) == ("http://192.0.2.2:8080", "little")
 
 
 def test_what_a_phase_has_not_is_told(fleet):
     with pytest.raises(UsageError, match=r"no user 'wbe' \(did you mean web\?\); it has team, web"):
         target.of_phase(fleet, fleet.plan("one"), "", "wbe", "")
-    with pytest.raises(UsageError, match=r"ssh -L 8000:127[.]0[.]0[.]1:8000 gpu"):
+    with pytest.raises(Error, match=r"ssh -N -L 8000:127[.]0[.]0[.]1:8000 gpu"):
         target.of_phase(fleet, fleet.plan("bare"), "", "", "")
 
 
@@ -597,7 +615,7 @@ def test_an_ollama_on_this_machine_is_asked_in_its_own_api():
     ("url", "key", "said"),
     [
         ("ftp://x", "", "--url is http"),
-        ("http://name:word@x", "", "use --key env:NAME"),
+        ("http://name:word@x", "", "no password belongs into it"),
         ("http://x", "sk-secret", "never the key itself"),
     ],
 )

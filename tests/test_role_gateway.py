@@ -144,6 +144,43 @@ def test_without_a_parser_no_tools_are_offered(tmp_path):
     assert json.loads(make.text(bundle, "config.json"))["models"]["qwen2.5-coder"]["tools"] is False
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "can"),
+    [
+        ("repository: qwen2.5-coder:7b", "repository: gemma2:9b", (8192, False, False, False)),
+        ("options: {context_length: 8192}", "options: {}", (None, True, False, False)),
+        ("repository: qwen2.5-coder:7b", "repository: qwen2.5vl:7b", (8192, False, True, False)),
+        (
+            "repository: qwen2.5-coder:7b",
+            "repository: nomic-embed-text",
+            (8192, False, False, True),
+        ),
+    ],
+)
+def test_a_model_can_what_is_known_of_its_engines(tmp_path, before, after, can):
+    assert before in BASE
+    own = f"{SETTINGS}          backend: llama\n"
+    project = make.project(tmp_path, base=BASE.replace(before, after), phase=phase(own))
+    plan = project.plan("p")
+    bundle = next(b for b in project.bundles(plan, plan.hosts) if b.host.name == "gw-01")
+    model = json.loads(make.text(bundle, "config.json"))["models"]["qwen2.5-coder"]
+    keys = ("context_length", "tools", "vision", "embeddings")
+    assert tuple(model.get(key) for key in keys) == can
+    said = any("nothing says how many tokens" in str(w) for w in project.inventory.warnings)
+    assert said == (can[0] is None)
+
+
+def test_a_hosts_own_variables_count(tmp_path):
+    text = BASE.replace(
+        "groups: [gpus], gpus:", "groups: [gpus], variables: {vllm: {max_model_len: 2048}}, gpus:"
+    )
+    project = make.project(tmp_path, base=text, phase=phase())
+    plan = project.plan("p")
+    bundle = next(b for b in project.bundles(plan, plan.hosts) if b.host.name == "gw-01")
+    model = json.loads(make.text(bundle, "config.json"))["models"]["qwen2.5-coder"]
+    assert model["context_length"] == 2048
+
+
 def test_a_rehearsal_speaks_to_the_simulator_as_to_vllm(tmp_path):
     made = config(tmp_path, rehearse=True)
     assert {pool.backend for pool in made.pools.values()} == {"vllm"}
@@ -334,6 +371,10 @@ def test_the_balancer_passes_all_on_to_every_gateway(tmp_path):
         ("models: {qwen: {vision: true}}", "nobody serves 'qwen'; served here: qwen2.5-coder:7b"),
         (
             "models: {qwen2.5-coder: {pools: {slow: 1}}}",
+            "'slow' does not serve 'qwen2.5-coder'; fast does",
+        ),
+        (
+            "models: {qwen2.5-coder: {shadow: {pool: slow, percent: 5}}}",
             "'slow' does not serve 'qwen2.5-coder'; fast does",
         ),
         ("models: {qwen2.5-coder: {pools: {fast: 0}}}", "every pool of 'qwen2.5-coder' has weight"),

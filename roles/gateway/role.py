@@ -272,6 +272,18 @@ def warnings(step: Step, plan: Plan) -> Iterator[tuple[str, str]]:
             if engine not in engines:
                 said = f"{engine} does not serve '{name}': {', '.join(sorted(engines))} does"
                 yield "backend", said
+    yield from _unknown_sizes(step, plan)
+
+
+def _unknown_sizes(step: Step, plan: Plan) -> Iterator[tuple[str, str]]:
+    """Clients guess a context that they are not told: the chat extension takes 128,000 tokens."""
+    settings, found = step.settings, gateways.sources(step, plan)
+    for name in gateways.models(found):
+        can = gateways.can(gateways.asked(name, settings, found))
+        told = "context_length" in settings["models"].get(name, {}) or can.context
+        if not told and not can.embeddings:
+            said = f"nothing says how many tokens the context of '{name}' has, and clients guess"
+            yield "models", f"{said}: say `context_length` here or among the engine's options"
 
 
 def ports(step: Step) -> Iterable[int]:
