@@ -15,7 +15,7 @@ from inferfleet.errors import Error
 _GLIBC = ("2_34", "2_28", "2_17")  # what hosts with a Python of 3.11 or newer have at least
 
 
-def fill(folder: Path, python: str, machine: str, extra: str = "") -> None:
+def fill(folder: Path, python: str, machine: str, extra: str = "", retries: int = 5) -> None:
     """Have in `folder` all wheels a gateway needs on hosts with that Python and machine.
 
     Raises Error with the last lines of pip, which is configured as on any machine.
@@ -23,6 +23,7 @@ def fill(folder: Path, python: str, machine: str, extra: str = "") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     argv = [
         *(sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:"),
+        f"--retries={retries}",
         *(f"--platform=manylinux_{version}_{machine}" for version in _GLIBC),
         *(f"--python-version={python}", "--constraint", str(wheel.PINS)),
         *("--dest", str(folder), *wheel.wanted(extra)),

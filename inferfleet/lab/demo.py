@@ -7,28 +7,25 @@ behind an SSH server in this process, and what that leaves out is said.
 from __future__ import annotations
 
 import getpass
-import http.client
-import json
 import os
 import shutil
-import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from inferfleet import report
+from inferfleet import reach, report
 from inferfleet.errors import Error
-from inferfleet.lab import Lab, fleet, install_requirements, requirements
+from inferfleet.lab import Lab, asking, fleet, install_requirements, requirements, wheels
 from inferfleet.lab.folders import FolderHosts
 from inferfleet.lab.rehearsal import project as lab_project
 from inferfleet.project import Project
 
 NAME = "demo"
 HOSTS = 3
+USER = "platform"  # of the example's production
 DRIFT = "/etc/systemd/system/inferfleet-coder-0.service"
 
 
@@ -50,8 +47,9 @@ def run(*, keep: bool) -> int:
 
 def _on_real_hosts(*, keep: bool) -> None:
     with _lab(keep=keep) as lab:
-        inventory = lab_project(lab, fleet.place(NAME))
-        _provision(inventory)
+        found = wheels.folder(_say)
+        inventory = lab_project(lab, fleet.place(NAME), found)
+        _provision(inventory, "a gateway and a balancer" if found else "a balancer")
         host = lab.hosts["gpu-02"]
         _say("Somebody edits a unit and stops an engine by hand, on gpu-02.")
         host.exec(f"sed -i 's/--token-rate 50/--token-rate 5/' {DRIFT}")
@@ -59,11 +57,20 @@ def _on_real_hosts(*, keep: bool) -> None:
         _repair(inventory)
         _say("Prove it: units, ports, keys, real tokens, streams.")
         _inferfleet(inventory, "verify", "--phase", "production", "--rehearse")
-        _say("A developer's request, streamed through the balancer's TLS:")
-        settings = Project(inventory).inventory.phases["production"].placements[0].settings
-        key = Project(inventory).secrets.resolve(settings["api_keys"]["platform"])
-        balancer = lab.hosts["lb-01"].address
-        _stream(f"https://{balancer}/v1", key, inventory / "secrets" / "tls.crt")
+        _ask(Project(inventory), inventory / "secrets" / "tls.crt")
+
+
+def _ask(project: Project, authority: Path) -> None:
+    """As developers do, at the one address of production."""
+    plan = project.plan("production", rehearse=True)
+    front = reach.front(plan, project.library)
+    assert front is not None  # production has a balancer
+    url, key = reach.origin(front, plan, named=False), project.secrets.resolve(front.keys[USER])
+    _say(f"A developer's request, streamed through the balancer's TLS ({url}/v1):")
+    asking.openai(f"{url}{next(iter(front.paths.values()))}", key, authority)
+    if front.gateway:
+        _say("A program made for Ollama, at the same address, over the same engines (/api/chat):")
+        asking.ollama(url, key, authority)
 
 
 @contextmanager
@@ -89,7 +96,7 @@ def _in_folders() -> None:
             for h in folders.hosts.values()
         ]
         inventory = fleet.make(folder, made, folders.key)
-        _provision(inventory)
+        _provision(inventory, "a balancer")
         root = folders.hosts["gpu-02"].root
         _say("Somebody edits a unit by hand, on gpu-02.")
         unit = root / DRIFT.lstrip("/")
@@ -99,12 +106,12 @@ def _in_folders() -> None:
         _ask_pushed(Project(inventory), root)
 
 
-def _provision(inventory: Path) -> None:
+def _provision(inventory: Path, before: str) -> None:
     _say("Is the inventory right?")
     _inferfleet(inventory, "check")
     _say("The pilot: one server, an engine on loopback, nginx with TLS and keys before it.")
     _inferfleet(inventory, "provision", "--phase", "pilot", "--rehearse", "--yes")
-    _say("Production: two servers with two engines each, and a balancer.")
+    _say(f"Production: two servers with two engines each, and {before} before them.")
     _inferfleet(inventory, "provision", "--phase", "production", "--rehearse", "--yes")
     _say("Once more: nothing to do.")
     _inferfleet(inventory, "provision", "--phase", "production", "--rehearse", "--yes")
@@ -150,36 +157,6 @@ def _ask_pushed(project: Project, root: Path) -> None:
         assert engine.stdout is not None
         try:
             address = engine.stdout.readline().split()[-1]
-            _stream(f"http://{address}/v1", key, None)
+            asking.openai(f"http://{address}/v1", key, None)
         finally:
             engine.terminate()
-
-
-def _stream(base: str, key: str, authority: Path | None) -> None:
-    """Ask for a chat completion and print each token as it comes."""
-    url = urlsplit(base)
-    if authority:
-        trusted = ssl.create_default_context(cafile=str(authority))
-        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-            url.netloc, timeout=30, context=trusted
-        )
-    else:
-        connection = http.client.HTTPConnection(url.netloc, timeout=30)
-    body = {
-        "model": "qwen2.5-coder",
-        "messages": [{"role": "user", "content": "Write a haiku about GPUs."}],
-        "max_tokens": 40,
-        "stream": True,
-    }
-    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-    connection.request("POST", f"{url.path}/chat/completions", json.dumps(body), headers)
-    answer = connection.getresponse()
-    if answer.status != 200:
-        raise Error(f"{base} answered {answer.status}: {answer.read()[:300]!r}")
-    print("  ", end="")
-    for line in answer:
-        if line.startswith(b"data: {"):
-            delta = json.loads(line[6:])["choices"][0]["delta"]
-            print(delta.get("content") or "", end="", flush=True)
-    print()
-    connection.close()

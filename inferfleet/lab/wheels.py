@@ -23,7 +23,7 @@ def folder(say: Callable[[str], None]) -> Path | None:
         if not kept.is_dir():
             partial = kept.with_name(f"partial-{kept.name}")
             try:
-                wheelhouse.fill(partial, python, platform.machine())
+                wheelhouse.fill(partial, python, platform.machine(), retries=1)
             except Error as error:
                 say(f"gateways are left out, for want of their wheels: {error}")
                 return None
