@@ -25,16 +25,20 @@ def unknown(entries: Entries) -> Iterator[Fault]:
 
 
 def folded(found: Iterable[Fault]) -> Iterator[Fault]:
-    """Each unknown name at the first place that has it, which counts the others."""
-    alike: dict[str, list[Fault]] = {}
+    """What is not there at all, at the first place that names it, which counts the others.
+
+    A misspelled name is told at every place, as each has to be corrected.
+    """
+    alike: dict[object, list[Fault]] = {}
     for fault in found:
-        alike.setdefault(fault.message, []).append(fault)
-    for message, (first, *others) in alike.items():
+        misspelled = "(did you mean" in fault.message
+        alike.setdefault(fault.keys if misspelled else fault.message, []).append(fault)
+    for first, *others in alike.values():
         places = [dotted(fault.keys) for fault in others[:3]]
         if len(others) > len(places):
             places.append(f"{len(others) - len(places)} more")
         also = f"; also at {', '.join(places)}" if places else ""
-        yield replace(first, message=message + also)
+        yield replace(first, message=first.message + also)
 
 
 def members(entries: Entries) -> dict[str, tuple[str, ...]]:

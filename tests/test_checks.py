@@ -405,6 +405,17 @@ CASES = {
             " 1 more",
         ],
     ),
+    "a name that is misspelled in many places": (
+        """\
+        deployments:
+          a: {engine: simulator, model: codr, hosts: [gpu-01], port: 8000}
+          b: {engine: simulator, model: codr, hosts: [gpu-01], port: 8100}
+        """,
+        [
+            "own.yml:2:33: deployments.a.model: there is no model 'codr' (did you mean coder?)",
+            "own.yml:3:33: deployments.b.model: there is no model 'codr' (did you mean coder?)",
+        ],
+    ),
     "an octal port, told once": (
         """\
         deployments:
