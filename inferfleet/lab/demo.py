@@ -47,7 +47,7 @@ def run(*, keep: bool) -> int:
 
 def _on_real_hosts(*, keep: bool) -> None:
     with _lab(keep=keep) as lab:
-        found = wheels.folder(_say)
+        found = wheels.folder(print)
         inventory = lab_project(lab, fleet.place(NAME), found)
         _provision(inventory, "a gateway and a balancer" if found else "a balancer")
         host = lab.hosts["gpu-02"]
