@@ -140,9 +140,6 @@ def pools(step: Step, plan: Plan) -> list[Pool]:
     ]
 
 
-def _backends(step: Step, plan: Plan) -> dict[str, list[Instance]]:
+def _backends(step: Step, plan: Plan) -> dict[str, tuple[Instance, ...]]:
     named = step.settings.get("deployments", plan.phase.deployments)
-    found: dict[str, list[Instance]] = {name: [] for name in plan.phase.deployments}
-    for instance in plan.instances():
-        found[instance.deployment.name].append(instance)
-    return {name: found[name] for name in found if name in named and found[name]}
+    return {name: every for name, (_, every) in plan.deployed().items() if name in named}
