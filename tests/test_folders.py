@@ -268,7 +268,8 @@ def test_a_client_that_leaves_does_not_end_its_command(lab: FolderHosts, host: F
         channel = execute(transport, "echo ready; cat > left-behind; echo done >> left-behind")
         channel.sendall(b"some\n")
         assert channel.recv(100) == b"ready\n"
-    assert eventually(lambda: (host.root / "left-behind").read_text() == "some\ndone\n")
+    left = host.root / "left-behind"
+    assert eventually(lambda: left.exists() and left.read_text() == "some\ndone\n")
 
 
 def test_keys_stay_and_leaving_kills_what_runs(tmp_path: Path) -> None:

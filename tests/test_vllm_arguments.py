@@ -87,20 +87,23 @@ def rendered(project: Project, phase: str) -> dict[str, list[str]]:
     found = {}
     for bundle in project.bundles(plan, plan.hosts):
         for artefact in bundle.artefacts:
-            line = command_line(artefact.path, artefact.content.decode())
+            line = command_line(artefact.path, artefact.content)
             if line:
                 found[f"{bundle.host.name}:{artefact.path}"] = line
     return found
 
 
-def command_line(path: str, text: str) -> list[str]:
+def command_line(path: str, content: bytes) -> list[str]:
     if path.endswith("/compose.yml"):
-        service = yaml.safe_load(text)["services"].get("engine")
+        service = yaml.safe_load(content)["services"].get("engine")
         if service is None:  # another role's
             return []
         assert service["entrypoint"] == ["vllm", "serve"]
         return [argument.replace("$$", "$") for argument in service["command"]]
-    starts = [x for x in text.replace("\\\n", " ").splitlines() if x.startswith("ExecStart=")]
+    if not path.endswith(".service"):
+        return []
+    lines = content.decode().replace("\\\n", " ").splitlines()
+    starts = [line for line in lines if line.startswith("ExecStart=")]
     words = shlex.split(starts[0].removeprefix("ExecStart=")) if starts else []
     if words[1:2] != ["serve"] or not words[0].endswith("/vllm"):
         return []
@@ -233,7 +236,7 @@ def rendered_with(project: Project, *extra: str) -> list[str]:
         found
         for bundle in project.bundles(plan, plan.hosts)
         for artefact in bundle.artefacts
-        if (found := command_line(artefact.path, artefact.content.decode()))
+        if (found := command_line(artefact.path, artefact.content))
     )
     return line
 
