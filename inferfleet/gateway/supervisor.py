@@ -117,6 +117,8 @@ class Supervisor:
         ready = await first_byte(mine)
         if not ready:
             child.retired = True
+            if process.returncode is None:
+                process.kill()  # it was given a minute, and nobody asks it yet
         self.keep(self.attend(child))
         return child if ready else None
 
@@ -129,17 +131,23 @@ class Supervisor:
             self.privates.append(listening(text))
 
     async def attend(self, child: Child) -> None:
-        """Start another when it dies by itself."""
+        """Start another when it dies by itself, until one comes up."""
         code = await child.process.wait()
         self.children.discard(child)
         if child.retired or self.drained or self.stopping.is_set():
             return
         LOG.error("worker %d ended by itself (%d); starting another", child.process.pid, code)
-        await asyncio.sleep(PAUSE)
-        async with self.changes:
-            if not self.stopping.is_set():
-                await self.start(child.slot)
-                self.publish()
+        while True:
+            await asyncio.sleep(PAUSE)
+            async with self.changes:
+                if not self.lacks(child.slot) or await self.start(child.slot):
+                    break
+        self.publish()
+
+    def lacks(self, slot: int) -> bool:
+        """Whether a worker is wanted there; a reload may have started it meanwhile."""
+        wanted = slot < self.config.workers and not self.drained and not self.stopping.is_set()
+        return wanted and not any(c.slot == slot and not c.retired for c in self.children)
 
     async def retired(self, children: set[Child]) -> None:
         """Wait until workers that were told to drain have ended."""

@@ -17,11 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from fastapi import HTTPException, Request
 from relaykit import DONE, KEY, Engine, event, run, settings, stream, until
 
+from inferfleet.gateway import supervisor
+from inferfleet.gateway.config import Config
 from inferfleet.gateway.private import from_here
+from inferfleet.gateway.supervisor import Child, Supervisor
 
 EVENTS = [event(str(number)) for number in range(10)] + [DONE]
 PROGRAM = (sys.executable, "-m", "inferfleet.gateway")
@@ -178,6 +182,38 @@ def test_a_killed_worker_is_replaced(tmp_path: Path) -> None:
             await until(lambda: before[0] not in found.workers and len(found.workers) == 2)
             answers = [await found.chat() for _ in range(10)]
             assert {answer.status_code for answer in answers} == {200}
+
+    run(body())
+
+
+def test_one_worker_follows_a_dead_one_even_in_a_reload_or_at_the_second_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+
+    async def body() -> None:
+        config = msgspec.convert(settings([Engine()], tmp_path, private="127.0.0.1:0"), Config)
+        supervised = Supervisor(tmp_path / "config.json", config, None)
+        monkeypatch.setattr(supervisor, "PAUSE", 0)
+
+        async def start(slot: int) -> Child | None:
+            started.append(slot)
+            return None if len(started) == 1 else await dead()
+
+        async def dead() -> Child:
+            process = await asyncio.create_subprocess_exec("true")
+            await process.wait()
+            return Child(0, process)
+
+        monkeypatch.setattr(supervised, "start", start)
+        supervised.children = {died := await dead(), await dead()}
+        await supervised.attend(died)
+        assert started == [], "a reload has put another in its place"
+        supervised.children = {died}
+        await supervised.attend(died)
+        assert started == [0, 0]
+        for each in (supervised.public, *supervised.privates):
+            each.close()
 
     run(body())
 
