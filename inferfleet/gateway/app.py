@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from inferfleet.gateway.tracing import Tracer
 
 
-_ASKED = re.compile(rb'"(?:prompt_tokens|input_tokens|prompt_eval_count)"\s*:\s*(\d+)')
-_MADE = re.compile(rb'"(?:completion_tokens|output_tokens|eval_count)"\s*:\s*(\d+)')
+_ASKED = re.compile(rb'"(?:prompt_tokens|input_tokens|prompt_eval_count)"\s*:\s*(\d{1,15})')
+_MADE = re.compile(rb'"(?:completion_tokens|output_tokens|eval_count)"\s*:\s*(\d{1,15})')
 TRACE = frozenset((b"traceparent", b"tracestate"))
 LEFT = 499  # nginx's number for a client that did not wait; only the log sees it
 
@@ -250,7 +250,7 @@ class Asked:
     def _count(self, exchange: Exchange) -> None:
         record, metrics = self.record, self.app.core.metrics
         series = metrics.of(exchange.route.model, record.pool, record.instance)
-        series.codes[exchange.status] += 1
+        series.codes[exchange.status or (record.status if record.status != LEFT else 0)] += 1
         series.seconds.observe(record.seconds)
         series.cut += exchange.broken_off
         series.client_left += record.client_left

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request, Response
+from starlette.requests import ClientDisconnect
 
 from inferfleet.gateway.config import Config
 from inferfleet.gateway.fronts import models as listed
@@ -33,7 +34,13 @@ class Unanswered(Exception):
 
 def pages(worker: Worker, served: list[Served], names: Names) -> FastAPI:
     """All of them. Those that carry tokens are App's."""
-    app = FastAPI(title="inferfleet gateway", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="inferfleet gateway",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,  # it would send clients to whatever host they name
+    )
 
     def known(request: Request) -> Key:
         key = worker.keys.find(bearer(request.scope["headers"]), time.time())
@@ -59,6 +66,10 @@ def pages(worker: Worker, served: list[Served], names: Names) -> FastAPI:
     @app.exception_handler(BadRequest)
     async def bad(request: Request, error: BadRequest) -> Response:
         return failed(request, error.status, error.message)
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(_request: Request, _error: ClientDisconnect) -> Response:
+        return Response(status_code=400)  # which nobody gets
 
     @app.exception_handler(404)
     @app.exception_handler(405)
@@ -163,7 +174,7 @@ def answered(answer: ollama_models.Answer) -> Response:
 
 def failed(request: Request, status: int, message: str) -> Response:
     """An error as the clients of that path read it."""
-    ollamas = request.url.path.startswith("/api/")
+    ollamas = request.scope["path"].startswith("/api/")
     told = ollama.error if ollamas else openai.error
     kind = "invalid_request_error" if status < 500 else "server_error"
     headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None

@@ -30,6 +30,7 @@ from inferfleet.gateway.log import RequestLog
 from inferfleet.gateway.metrics import Metrics
 from inferfleet.gateway.pages import pages, served
 from inferfleet.gateway.private import private
+from inferfleet.gateway.protocol import Protocol
 from inferfleet.gateway.shadow import Shadows
 from inferfleet.gateway.tracing import Tracer
 
@@ -216,7 +217,7 @@ def server(app: Any) -> Server:
         uvicorn.Config(
             app,
             loop="none",
-            http="httptools",
+            http=Protocol,
             ws="none",
             lifespan="off",
             access_log=False,
@@ -257,7 +258,7 @@ def main(path: str, slot: int, public: int, private: int, ready: int | None) -> 
     import uvloop
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # strangers' mistakes fill no log
     keep_memory()
     end_with_parent()
     worker = Worker(load(Path(path)), slot)

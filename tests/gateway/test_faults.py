@@ -27,6 +27,8 @@ from relaykit import (
     until,
 )
 
+from inferfleet.gateway import protocol
+
 pytestmark = pytest.mark.usefixtures("quiet")
 EVENTS = [event(word) for word in ("one ", "two")] + [DONE]
 LINES = [b'{"message":{"content":"%d"},"done":false}\n' % n for n in range(3)]
@@ -313,5 +315,165 @@ def test_a_copys_answer_of_any_form_is_compared_or_counted_as_failed(tmp_path: P
                 await until(lambda: not found.worker.shadows.running)
             copies = found.worker.shadows.copies["m"]
             assert copies.asked == copies.failed + len(copies.compared) == len(odd)
+
+    run(body())
+
+
+# what strangers and Java send
+
+
+async def said(found: Fleet, *pieces: bytes, seconds: float = 5) -> bytes:
+    """What comes back for these bytes until the gateway closes the connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", found.port)
+    try:
+        async with asyncio.timeout(seconds):
+            for piece in pieces:
+                writer.write(piece)
+                await writer.drain()
+                await asyncio.sleep(0)
+            return await reader.read()
+    except ConnectionError:
+        return b""
+    finally:
+        writer.transport.abort()
+
+
+def test_javas_offer_of_another_protocol_does_not_cost_the_body(tmp_path: Path) -> None:
+    offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAE"}
+
+    async def body() -> None:
+        async with fleet(tmp_path, plain()) as found:
+            first = request(b'{"model":"m","messages":[]}', **offer)
+            end = first.index(b"\r\n\r\n") + 4
+            last = request(b'{"model":"m","prompt":"h2c"}', Connection="close")
+            reader, writer = await asyncio.open_connection("127.0.0.1", found.port)
+            writer.write(first[:end])
+            await asyncio.sleep(0.05)
+            writer.write(first[end:])
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+            writer.write(last)
+            assert (await reader.read()).count(b"HTTP/1.1 200") == 1
+            writer.close()
+            assert [asked.body for asked in found.engines[0].prompts] == [
+                first[end:],
+                last.partition(b"\r\n\r\n")[2],
+            ]
+
+    run(body())
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [
+        b"GET /" + b"a" * 60_000,
+        b"GET / HTTP/1.1\r\nhost: x\r\nx: " + b"a" * 60_000,
+        b"GET / HTTP/1.1\r\nhost: x\r\n" + b"x: y\r\n" * 9_000,
+    ],
+)
+def test_a_head_without_end_is_not_kept(tmp_path: Path, endless: bytes) -> None:
+    more = endless[-24_000:]
+
+    async def body() -> None:
+        async with fleet(tmp_path, plain()) as found:
+            assert b"200" not in await said(found, endless, *[more] * 400)
+            assert not found.worker.public.server_state.connections
+
+    run(body())
+
+
+def test_requests_that_trickle_are_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FIRST", "HEAD", "BODY", "UNREAD"):
+        monkeypatch.setattr(protocol, name, 0.3)
+    good = request(b'{"model":"m","messages":[]}')
+    trickles = [
+        b"",
+        good[:20],
+        good[:-5],
+        request(b"", Authorization="x", **{"Content-Length": "99"}),
+    ]
+
+    async def body() -> None:
+        async with fleet(tmp_path, plain(wait=0.8)) as found:
+            for trickle in trickles:
+                await said(found, trickle, seconds=2)
+            assert not found.engines[0].prompts
+            whole = await said(found, request(b'{"model":"m"}', Connection="close"), seconds=2)
+            assert b"200 OK" in whole, "an answer may take its time"
+
+    run(body())
+
+
+def test_the_engine_stops_for_a_client_that_leaves_with_more_to_ask(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fleet(tmp_path, hang) as found:
+            _, writer = await asyncio.open_connection("127.0.0.1", found.port)
+            writer.write(request(b'{"model":"m"}') * 3)
+            await until(lambda: bool(found.engines[0].prompts))
+            writer.close()
+            await until(lambda: idle(found), 2)
+            await until(lambda: bool(found.engines[0].gone), 2)
+
+    run(body())
+
+
+def test_a_client_that_leaves_within_a_small_request_is_no_error(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fleet(tmp_path, plain()) as found:
+            short = request(b"{", "/api/show", **{"Content-Length": "100"})
+            reader, writer = await asyncio.open_connection("127.0.0.1", found.port)
+            writer.write(short)
+            writer.write_eof()
+            assert await reader.read() == b""
+            writer.close()
+
+    run(body())
+
+
+@pytest.mark.parametrize("path", ["/health/", "/v1/models/x/", "//192.0.2.1/v1/models"])
+def test_nobody_is_sent_elsewhere(tmp_path: Path, path: str) -> None:
+    async def body() -> None:
+        async with fleet(tmp_path, plain()) as found:
+            answer = await found.client.get(found.url + path, headers={"Host": "example.com"})
+            assert answer.status_code == 404
+            assert "location" not in answer.headers
+
+    run(body())
+
+
+# one model for the gateway, another one for the engine
+
+
+@pytest.mark.parametrize("backend", ["vllm", "tgi", "ollama", "openai"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        b'{"model":"m","Model":"other","messages":[]}',
+        b'{"MODEL":"other","model":"m","messages":[]}',
+        b'{"model":"other","model":"m","messages":[]}',
+        b'{"model":"m","\\u004dodel":"other","messages":[]}',
+        b'{"m\\u006Fdel":"other","model":"m","messages":[]}',
+    ],
+)
+def test_engines_are_asked_for_the_model_that_was_checked(
+    tmp_path: Path, backend: str, asked: bytes
+) -> None:
+    def change(settings: dict[str, Any], _engines: list[Engine]) -> None:
+        settings["pools"]["p"]["backend"] = backend
+
+    def last(pairs: list[tuple[str, Any]]) -> Any:
+        """Objects as Go reads them."""
+        return {name.lower() if backend == "ollama" else name: value for name, value in pairs}
+
+    async def body() -> None:
+        async with fleet(tmp_path, plain(), change=change) as found:
+            for path in ("/v1/chat/completions", "/api/chat"):
+                whole = asked.replace(b"[]", b'[{"role":"user","content":"hi"}]')
+                whole = whole.replace(b'"messages"', b'"stream":false,"messages"')
+                answer = await found.client.post(path, content=whole)
+                assert answer.status_code == 200, answer.content
+                sent = found.engines[0].prompts[-1].body
+                assert json.loads(sent, object_pairs_hook=last)["model"] == "m"
 
     run(body())

@@ -16,7 +16,7 @@ import msgspec
 from inferfleet.gateway.fronts import ollama_openai as translate
 from inferfleet.gateway.fronts import ollama_wire as wire
 from inferfleet.gateway.fronts.ollama_shape import Answer, Vectors, error_line
-from inferfleet.gateway.fronts.openai import renamed
+from inferfleet.gateway.fronts.openai import renamed, unmistakable
 from inferfleet.gateway.request import Backend, BadRequest, Call
 
 _HASHED = 4096  # characters of a text that tell conversations apart
@@ -56,9 +56,13 @@ class _Asked:
 
     def call(self, backend: Backend, model: str) -> Call:
         """The call for this kind of backend. BadRequest where it cannot do what is asked."""
-        if backend != "ollama":
-            return self.translated(backend, model)
-        body = self.body if model == self.model else renamed(self.body, model)
+        try:
+            if backend != "ollama":
+                return self.translated(backend, model)
+            body = unmistakable(self.body)
+            body = body if model == self.model else renamed(body, model)
+        except (*wire.UNREADABLE, ValueError) as error:  # in a part that was not looked at before
+            raise BadRequest(str(error)) from None
         end = b'"done":true' if self.stream else b""
         return Call(self.native, body, end=end, own_errors=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import zlib
 
@@ -13,9 +14,11 @@ from inferfleet.gateway.request import Backend, BadRequest, Call
 
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 ADAPTED: frozenset[Backend] = frozenset({"tgi", "ollama"})  # refuse some of OpenAI's fields
+_NO_JSON = "the body is no JSON document"
 _HASHED = 4096  # bytes of a message that tell conversations apart
 _NEAR = 64  # bytes at the ends of a message in which its role stands
 _USER = re.compile(rb'"role"\s*:\s*"user"')  # within a text, its quotes would be escaped
+_SPELLINGS = (b'"model"', b"\\u004", b"\\u006")  # with the escapes of its letters
 _MODEL = re.compile(rb'"model"\s*:\s*"(?:[^"\\]|\\.)*"')
 
 
@@ -37,6 +40,7 @@ class _Bare(Struct):
 _body = msgspec.json.Decoder(_Body).decode
 _bare = msgspec.json.Decoder(_Bare).decode
 _anything = msgspec.json.Decoder().decode
+_fields = msgspec.json.Decoder(dict[str, Raw]).decode
 
 
 class Passing:
@@ -56,13 +60,21 @@ class Passing:
 
     def call(self, backend: Backend, model: str) -> Call:
         """The same bytes; only a model that the engine knows by another name is renamed."""
-        body = self.body if model == self.model else renamed(self.body, model)
-        if backend in ADAPTED:
-            wanted = _anything(body)
-            changed = adapt(backend, wanted)
-            body = body if changed is wanted else msgspec.json.encode(changed)
+        try:
+            body = self._body(backend, model)
+        except (*UNREADABLE, ValueError):  # in a part that was not looked at before
+            raise BadRequest(_NO_JSON) from None
         end = b"[DONE]" if self.path.endswith("completions") else b""
         return Call(self.path, body, end=end, own_errors=backend in ("vllm", "openai"))
+
+    def _body(self, backend: Backend, model: str) -> bytes:
+        body = self.body if backend in ("vllm", "tgi") else unmistakable(self.body)
+        body = body if model == self.model else renamed(body, model)
+        if backend not in ADAPTED:
+            return body
+        wanted = _anything(body)
+        changed = adapt(backend, wanted)
+        return body if changed is wanted else msgspec.json.encode(changed)
 
     def failed(self, status: int, message: str, kind: str) -> bytes:
         """An error as OpenAI's clients read it."""
@@ -90,6 +102,30 @@ def renamed(body: bytes, model: str) -> bytes:
     return msgspec.json.encode({**_anything(body), "model": model})
 
 
+def unmistakable(body: bytes) -> bytes:
+    """The body with one model only, the one that was checked: the last, as here, where many are.
+
+    Go's reader, and so Ollama, takes `Model` for `model`; others may take the first of two.
+    """
+    text = body.lower()
+    if sum(map(text.count, _SPELLINGS)) < 2 or _named(body).count("model") < 2:
+        return body
+    fields = _fields(body)
+    return msgspec.json.encode(
+        {
+            name: value
+            for name, value in fields.items()
+            if name == "model" or name.lower() != "model"
+        }
+    )
+
+
+def _named(body: bytes) -> list[str]:
+    """The names of all fields, in lower case and as often as they are there."""
+    found: list[tuple[str, object]] = json.loads(body, object_pairs_hook=list)
+    return [name.lower() for name, _ in found]
+
+
 def _unlike_chat(body: bytes) -> _Bare:
     """Model and stream of a body whose other fields are for the engine to refuse."""
     try:
@@ -98,7 +134,7 @@ def _unlike_chat(body: bytes) -> _Bare:
         param = "stream" if str(problem).endswith("`$.stream`") else "model"
         raise BadRequest(f"{problem}", param) from None
     except UNREADABLE:
-        raise BadRequest("the body is no JSON document") from None
+        raise BadRequest(_NO_JSON) from None
 
 
 def _said_by_user(message: memoryview) -> bool:
