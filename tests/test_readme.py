@@ -89,6 +89,20 @@ def test_the_inventory_on_one_screen_is_right(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_gateway_on_half_a_screen_is_right(tmp_path: Path) -> None:
+    (yaml,) = re.findall(r"^```yaml\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    (gateway,) = re.findall(r"^    roles:\n      gateway:\n(?:        .*\n)+", TEXT, re.MULTILINE)
+    whole = yaml.partition("    roles:\n")[0] + gateway
+    more = "  gw-01: {address: 192.0.2.21, groups: [gateways]}\nmodels:"
+    whole = whole.replace("\nmodels:", f"\n{more}", 1).replace("balancers", "gateways")
+    whole = whole.replace("  gpu-servers: {}\n", "  gpu-servers: {}\n  gateways: {}\n")
+    inventory = tmp_path / "inventory"
+    inventory.mkdir()
+    (inventory / "fleet.yml").write_text(whole, encoding="utf-8")
+    done = run(f"inferfleet check --inventory {inventory}", tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_two_make_targets_exist() -> None:
     for target in ("demo", "test"):
         done = subprocess.run(
