@@ -23,9 +23,10 @@ Made from the schemas and the tasks by `docs/make_reference.py`; do not edit.
 """
 
 READING = """\
-Files are YAML 1.1, as PyYAML reads it, without what surprises: dates and base-60 numbers (`22:22`) stay text, a number with a
-leading zero (`010000`: 4096 in YAML 1.1, 10000 in 1.2) is refused until it is written as it is meant, and so are duplicate keys
-and keys that are no text (`no`, `1`). `yes`, `no`, `on` and `off` are booleans; quote them where text is meant.
+Files are YAML 1.1, as PyYAML reads it, without what surprises: dates and base-60 numbers
+(`22:22`) stay text, a number with a leading zero (`010000`: 4096 in YAML 1.1, 10000 in 1.2) is
+refused until it is written as it is meant, and so are duplicate keys and keys that are no text
+(`no`, `1`). `yes`, `no`, `on` and `off` are booleans; quote them where text is meant.
 """
 
 
