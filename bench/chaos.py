@@ -59,7 +59,7 @@ def weather(found: Site, seconds: float, seed: int, clients: int) -> Report:
     problems: list[str] = []
     took = _recovered(found, problems)
     after = {gateway.name: site.used(gateway) for gateway in found.gateways}
-    problems += [*_judged(load.told, storm.kills), *_leaks(before, after), *_journals(found)]
+    problems += [*_judged(load.told, storm), *_leaks(before, after), *_journals(found)]
     return Report(
         seed=seed,
         seconds=seconds,
@@ -121,16 +121,20 @@ def _recovered(found: Site, problems: list[str]) -> float:
     return took
 
 
-def _judged(told: list[Told], kills: list[tuple[float, str]]) -> list[str]:
-    """Answers that no client may get."""
+def _judged(told: list[Told], storm: Storm) -> list[str]:
+    """Answers that no client may get, and what happened before the first of them."""
     found = []
     for each in told:
-        if each.end == "broken" and not _met(each, kills):
-            found.append(f"{each.kind}: broken off in silence, and no worker was killed")
-        # nginx asks each of them once
-        elif each.wrong and len(_met(each, kills)) < 2:
-            found.append(f"{each.kind}: {each.wrong} ({each.seconds:.1f} s)")
-    return found
+        why = each.wrong
+        if each.end == "broken" and not _met(each, storm.kills):
+            why = "broken off in silence, and no worker was killed"
+        if why:
+            found.append((each.began + each.seconds, f"{each.kind}: {why} ({each.seconds:.1f} s)"))
+    if not found:
+        return []
+    first = min(found)[0]
+    before = [(at, what) for at, what in storm.diary if first - 20 < at < first + 1]
+    return [f"{at - first:+.1f} s: {what}" for at, what in sorted(before) + sorted(found)]
 
 
 def _met(told: Told, kills: list[tuple[float, str]]) -> set[str]:
@@ -213,7 +217,7 @@ def shown(report: Report) -> str:
     lines += [f"all as before {report.recovered_after} s after the storm"]
     lines += [f"  {name}: {use}" for name, use in report.used.items()]
     lines += [f"PROBLEM {problem}" for problem in report.problems[:20]]
-    return "\n".join([*lines, f"{len(report.problems)} problems"])
+    return "\n".join([*lines, f"{len(report.problems)} lines of problems"])
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ class Storm:
     site: Site
     rng: random.Random
     happened: Counter[str] = field(default_factory=Counter)
+    diary: list[tuple[float, str]] = field(default_factory=list)  # of time.monotonic
     kills: list[tuple[float, str]] = field(default_factory=list)
     troubled: LabHost | None = None  # the gateway that suffers now
 
@@ -117,6 +118,10 @@ class Storm:
         kill = self.rng.random() < 0.5
         self._begin(self._replace(self.troubled, kill=kill))
 
+    def _note(self, name: str, where: str) -> None:
+        self.happened[name] += 1
+        self.diary.append((time.monotonic(), f"{name}: {where}"))
+
     def _begin(self, work: Coroutine[None, None, None]) -> None:
         self._tasks.append(asyncio.ensure_future(work))
 
@@ -132,16 +137,17 @@ class Storm:
     ) -> None:
         seconds = self.rng.uniform(*LASTS)
         await asyncio.to_thread(fault.__enter__)
-        self.happened[name] += 1
+        self._note(name, ", ".join(engine.name for engine in engines))
         await asyncio.sleep(seconds)
         await asyncio.to_thread(fault.__exit__, None, None, None)
+        self.diary.append((time.monotonic(), f"{name} is over"))
         for engine in engines:
             engine.ills.remove(name)
 
     async def _replace(self, gateway: LabHost, *, kill: bool) -> None:
         """Kill a gateway's worker, or reload it; wait until others serve."""
         before = await asyncio.to_thread(site.workers, gateway)
-        self.happened["gateway worker kill -9" if kill else "gateway reload"] += 1
+        self._note("gateway worker kill -9" if kill else "gateway reload", gateway.name)
         if kill:
             self.kills.append((time.monotonic(), gateway.name))
             await asyncio.to_thread(said, gateway, f"kill -9 {before[0]}")
