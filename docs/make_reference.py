@@ -27,7 +27,7 @@ Files are YAML 1.1, as PyYAML reads it, without what surprises: dates and base-6
 (`22:22`) stay text, a number with a leading zero (`010000`: 4096 in YAML 1.1, 10000 in 1.2) is
 refused until it is written as it is meant, and so are duplicate keys and keys that are no text
 (`no`, `1`). `yes`, `no`, `on` and `off` are booleans; quote them where text is meant.
-"""  # noqa: E501 - a page's lines are wider
+"""
 
 
 @cache  # invoke gives an option's help only once
