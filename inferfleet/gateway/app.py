@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 _ASKED = re.compile(rb'"(?:prompt_tokens|input_tokens|prompt_eval_count)"\s*:\s*(\d{1,15})')
 _MADE = re.compile(rb'"(?:completion_tokens|output_tokens|eval_count)"\s*:\s*(\d{1,15})')
+SESSION = b"x-session-id"  # requests that name the same one go to the same instance
 TRACE = frozenset((b"traceparent", b"tracestate"))
 LEFT = 499  # nginx's number for a client that did not wait; only the log sees it
 
@@ -175,6 +177,8 @@ class Asked:
         if refusal := app.limits.admit(key, self.began):
             raise Refused(429, refusal.message, refusal.code, refusal.retry_after)
         self.key = key
+        if session := header(self.headers, SESSION):
+            request.affinity = zlib.crc32(session)
         send = self.send
         if app.shadows.chosen(name):
             self.said = Said()

@@ -303,6 +303,22 @@ def test_turns_of_one_conversation_meet_the_same_instance(tmp_path: Path) -> Non
     run(body())
 
 
+def test_requests_of_one_session_meet_the_same_instance(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fleet(tmp_path, *(plain() for _ in range(4))) as found:
+            for session in range(12):
+                for turn in range(3):
+                    told = [{"role": "user", "content": f"{session} {turn}"}]
+                    await found.chat(messages=told, headers={"X-Session-Id": f"s{session}"})
+            for session in range(12):
+                where = [
+                    sum(f'"{session} ' in a.body.decode() for a in e.prompts) for e in found.engines
+                ]
+                assert sorted(where) == [0, 0, 0, 3]
+
+    run(body())
+
+
 def test_a_busy_home_does_not_hold_its_conversations(tmp_path: Path) -> None:
     async def body() -> None:
         async with fleet(tmp_path, plain(wait=0.1), plain(wait=0.1)) as found:
