@@ -23,6 +23,16 @@ from inferfleet.gateway.config import Config, ConfigError, address, load
 
 LOG = logging.getLogger("inferfleet.gateway")
 BACKLOG = 4096
+# Clients that are cut off, or read nothing for so long, are gone. On Linux, connections inherit it.
+UNREACHABLE = 120  # seconds
+WATCHED = (
+    (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+    (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 60),
+    (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 20),
+    (socket.IPPROTO_TCP, "TCP_KEEPCNT", 3),
+    (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", UNREACHABLE * 1000),
+)
+GONE = [(at, getattr(socket, name), to) for at, name, to in WATCHED if hasattr(socket, name)]
 START = 60.0  # seconds a worker may take until it is ready
 PAUSE = 1.0  # seconds before a worker that died is started again
 
@@ -34,6 +44,7 @@ class Child:
     slot: int
     process: asyncio.subprocess.Process
     retired: bool = False
+    ready: bool = False  # before, it would die of the signals that it will be told by
 
 
 class Supervisor:
@@ -59,7 +70,9 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGHUP, lambda: self.keep(self.reload()))
         loop.add_signal_handler(signal.SIGUSR1, lambda: self.tell(signal.SIGUSR1))
         loop.add_signal_handler(signal.SIGUSR2, self.drain)
-        if not await self.replace():
+        async with self.changes:
+            came_up = await self.replace()
+        if not came_up:
             await self.retire(set(self.children))
             return 1
         notify("READY=1")
@@ -110,11 +123,19 @@ class Supervisor:
         argv = [interpreter(), "-m", "inferfleet.gateway", "--config", str(self.path), "--worker"]
         argv += [f"{slot},{public},{private},{its}"]
         inherited = (public, private, its)
-        process = await asyncio.create_subprocess_exec(*argv, pass_fds=inherited)
-        os.close(its)
+        try:
+            process = await asyncio.create_subprocess_exec(*argv, pass_fds=inherited)
+        except OSError as error:
+            LOG.error("no worker can be started: %s", error)
+            os.close(mine)
+            return None
+        finally:
+            os.close(its)
         child = Child(slot, process)
         self.children.add(child)
-        ready = await first_byte(mine)
+        child.ready = ready = await first_byte(mine)
+        if ready and self.drained:
+            process.send_signal(signal.SIGUSR2)
         if not ready:
             child.retired = True
             if process.returncode is None:
@@ -169,7 +190,7 @@ class Supervisor:
 
     def tell(self, number: signal.Signals) -> None:
         """Pass a signal on to all workers: reopen logs, or take no new connections."""
-        for child in self.children:
+        for child in [one for one in self.children if one.ready]:
             with contextlib.suppress(ProcessLookupError):
                 child.process.send_signal(number)
 
@@ -202,6 +223,8 @@ def listening(text: str) -> socket.socket:
     found = socket.socket(family, socket.SOCK_STREAM)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for option in GONE:
+        found.setsockopt(*option)
     try:
         found.bind((host, port))
     except OSError as error:

@@ -25,7 +25,7 @@ from relaykit import DONE, KEY, Engine, event, run, settings, stream, until
 from inferfleet.gateway import supervisor
 from inferfleet.gateway.config import Config
 from inferfleet.gateway.private import from_here
-from inferfleet.gateway.supervisor import Child, Supervisor
+from inferfleet.gateway.supervisor import GONE, Child, Supervisor
 
 EVENTS = [event(str(number)) for number in range(10)] + [DONE]
 PROGRAM = (sys.executable, "-m", "inferfleet.gateway")
@@ -342,3 +342,36 @@ def test_an_address_that_is_taken_is_said_in_one_line(tmp_path: Path) -> None:
         )
     assert told.returncode == 1
     assert told.stderr == f"{address}: address already in use\n"
+
+
+def test_a_log_moved_away_during_a_reload_does_not_cost_the_new_workers(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with gateway(tmp_path, Engine(stream(*EVENTS))) as found:
+            before = found.workers
+            reloading = asyncio.create_task(found.reload())
+            while not reloading.done():
+                found.process.send_signal(signal.SIGUSR1)
+                await asyncio.sleep(0.02)
+            assert await reloading == (0, "")
+            assert not set(before) & set(found.workers)
+
+    run(body())
+
+
+def test_a_client_that_is_cut_off_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody reads here, as if the network were gone: unsent bytes end the connection."""
+    wanted = [(at, name, 400 if name == socket.TCP_USER_TIMEOUT else to) for at, name, to in GONE]
+    monkeypatch.setattr(supervisor, "GONE", wanted)
+
+    async def body() -> None:
+        loop = asyncio.get_running_loop()
+        with supervisor.listening("127.0.0.1:0") as found, socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.setblocking(False)
+            await loop.sock_connect(client, found.getsockname())
+            accepted, _ = await loop.sock_accept(found)
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            with accepted, pytest.raises((TimeoutError, ConnectionError)):
+                await loop.sock_sendall(accepted, b"x" * 50_000_000)
+
+    run(asyncio.wait_for(body(), 20))
