@@ -61,6 +61,7 @@ phases:
         models:
           qwen2.5-coder:
             aliases: [coder-latest]
+            context_length: 32768
             pools: {{old: 100, coder: 0}}
             shadow: {{pool: coder, percent: 50}}
 """

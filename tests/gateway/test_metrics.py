@@ -89,7 +89,7 @@ def test_every_reason_to_refuse_is_there_from_the_beginning():
     found = read(Metrics([]))
     reasons = {dict(labels)["reason"] for name, labels in found if name == "refused_total"}
     assert reasons == {
-        "key", "model", "rate", "concurrency", "budget", "queue", "draining", "body",
+        "key", "model", "rate", "concurrency", "budget", "queue", "body",
     }  # fmt: skip
 
 
