@@ -15,13 +15,13 @@ from inferfleet.lab import wheels
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
 import chaos
-from storm import site
+from storm import faults, site
 from storm.clients import KINDS
 
 pytestmark = pytest.mark.lab
 
 LABEL = "chaos"
-SEED = 20  # with it, every fault has its turn in the time given
+SEED = 20
 SECONDS = 45
 
 
@@ -38,6 +38,6 @@ def test_no_request_fails_while_an_engine_lives_and_nothing_leaks(tmp_path: Path
     print(chaos.shown(report))
     assert report.problems == []
     assert set(report.by_kind) == set(KINDS)
-    assert len(report.faults) >= 7, "a storm in a teacup"
+    assert set(report.faults) >= {"partition", *faults.ILLS}, "a storm in a teacup"
     assert report.ends["whole"] > 20 * len(KINDS)
     assert report.ends.get("cut", 0), "no stream was cut, so nothing is known of those"

@@ -70,6 +70,7 @@ class Storm:
     def __post_init__(self) -> None:
         self.spared = self.rng.choice(self.site.engines)
         self._tasks: list[asyncio.Task[None]] = []
+        self._left: list[str] = []  # faults that have their turn before any comes again
 
     async def run(self, seconds: float) -> None:
         """Storm for so long, then let all recover."""
@@ -99,7 +100,8 @@ class Storm:
             return self._strike_host()
         sound = [e for e in self.site.engines if not e.ills and e is not self.spared]
         if sound:
-            name = self.rng.choice(list(ILLS))
+            self._left = self._left or self.rng.sample(list(ILLS), len(ILLS))
+            name = self._left.pop()
             engine = self.rng.choice(sound)
             self._afflict([engine], name, ILLS[name](engine))
         return None
