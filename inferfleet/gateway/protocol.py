@@ -12,6 +12,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 LONGEST_HEAD = 1 << 16  # bytes
+MOST_UNREAD = 1 << 20  # bytes of a body that wait until they are asked for
 FIRST, HEAD, BODY, UNREAD = 75.0, 20.0, 300.0, 20.0  # seconds; see Protocol.late
 # What Java's client adds to its first request. llhttp would take the body for another protocol's.
 _UPGRADE = re.compile(rb"\r\nupgrade:[ \t]*h2c[ \t]*(?=\r\n)", re.IGNORECASE)
@@ -68,6 +69,15 @@ class Protocol(HttpToolsProtocol):
         self._stop()
         self._head = False
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A part has come. Uvicorn's own bound of 64 KiB makes a long prompt stop and go."""
+        if self.cycle.response_complete:
+            return
+        self.cycle.body += body
+        if len(self.cycle.body) > MOST_UNREAD:
+            self.flow.pause_reading()
+        self.cycle.message_event.set()
 
     def on_message_complete(self) -> None:
         """All of it has come."""
