@@ -246,11 +246,6 @@ class Connection(asyncio.Protocol):
 
     # what the parser calls
 
-    def on_message_begin(self) -> None:
-        """An answer begins; to a request that nobody sent when one is complete already."""
-        if self._answer is None:
-            self._transport.abort()
-
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header of the answer, or of its trailer."""
         self._headers[name.lower()] = value
