@@ -39,6 +39,11 @@ class Asked:
     def json(self) -> Any:
         return json.loads(self.body)
 
+    @property
+    def is_prompt(self) -> bool:
+        """Whether a client asked it, not a probe."""
+        return self.method == "POST" and b'"max_tokens":1,' not in self.body
+
 
 class Leaving:
     """What a behaviour may wait for: the client gives up."""
@@ -135,7 +140,7 @@ class Engine:
     @property
     def prompts(self) -> list[Asked]:
         """What it was asked, without probes and pages."""
-        return [a for a in self.seen if a.method == "POST" and b'"max_tokens":1,' not in a.body]
+        return [asked for asked in self.seen if asked.is_prompt]
 
     async def start(self) -> None:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
@@ -173,12 +178,13 @@ class Engine:
             writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(text) + text)
             return
         watch = asyncio.create_task(self._watch(reader))
-        self.open += 1
+        counted = asked.is_prompt
+        self.open += counted
         self.most_open = max(self.most_open, self.open)
         try:
             await self.behaviour(asked, Leaving(watch), writer)
         finally:
-            self.open -= 1
+            self.open -= counted
             watch.cancel()
 
     async def _watch(self, reader: asyncio.StreamReader) -> None:
