@@ -99,7 +99,7 @@ def test_only_what_another_pool_answered_is_copied(tmp_path):
 
 def test_samples_are_given_to_be_merged(tmp_path):
     async def body():
-        other = stream(event("one "), event("three"), DONE, first=0.05)
+        other = stream(event("one "), event("three"), DONE, first=0.1)
         change = two({"p": 1, "new": 0})
         async with fleet(tmp_path, stream(*EVENTS), other, change=change) as found:
             await found.chat(stream=True)
