@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta, Struct
@@ -132,6 +133,8 @@ def problems(config: Config) -> list[str]:
             if said in names:
                 found.append(f"models.{name}: '{said}' is also a name of '{names[said]}'")
             names[said] = name
+    for name, pool in config.pools.items():
+        found += [f"pools.{name}: {wrong}" for one in pool.instances if (wrong := unfit(one.url))]
     try:
         host, _ = address(config.listen)
         address(config.private)
@@ -143,6 +146,17 @@ def problems(config: Config) -> list[str]:
             "name a keys file, or listen on 127.0.0.1"
         )
     return found
+
+
+def unfit(url: str) -> str:
+    """What is wrong with an instance's URL beyond its form, or nothing."""
+    parts = urlsplit(url)
+    if "@" in parts.netloc:
+        return "a URL shows what it holds; the engine's key belongs into key_file"
+    try:
+        return "" if parts.hostname and parts.port != 0 else f"'{url}' names no host and port"
+    except ValueError:
+        return f"'{url}' has no port from 1 to 65535"
 
 
 def shadowed(model: Model) -> list[str]:

@@ -119,9 +119,14 @@ def _headers(pool: PoolConfig) -> dict[str, str]:
     headers = {"Content-Type": "application/json"}
     if pool.key_file:
         try:
-            headers["Authorization"] = f"Bearer {Path(pool.key_file).read_text().strip()}"
+            key = Path(pool.key_file).read_text("ascii").strip()
         except OSError as error:
             raise ConfigError(f"{pool.key_file}: {(error.strerror or '').lower()}") from None
+        except UnicodeDecodeError:
+            key = ""
+        if not key.isprintable() or not key:
+            raise ConfigError(f"{pool.key_file}: a key is one line of ASCII")
+        headers["Authorization"] = f"Bearer {key}"
     return headers
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -169,7 +170,8 @@ def set_weights(worker: Worker, name: str, weights: dict[str, float] | None) -> 
     if unknown := [pool for pool in wanted if pool not in route.pools]:
         known = ", ".join(route.pools)
         raise HTTPException(422, f"'{unknown[0]}' is no pool of '{name}'; it has {known}")
-    if any(weight < 0 for weight in wanted.values()) or not any(wanted.values()):
+    sound = all(0 <= weight < math.inf for weight in wanted.values())  # NaN is not
+    if not sound or not any(wanted.values()):
         raise HTTPException(422, "weights are 0 or more, and one at least is more")
     before = route.weights
     route.weigh(wanted)

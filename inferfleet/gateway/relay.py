@@ -123,6 +123,7 @@ class Exchange:
             try:
                 instance = await self._take(tried)
             except QueueFull:
+                self.core.metrics.refused["queue"] += 1
                 return await self.refuse(429, "too many requests wait already", "queue_full", 5)
             except TimeoutError:
                 break

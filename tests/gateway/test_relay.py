@@ -278,6 +278,7 @@ def test_the_queue_is_bounded(tmp_path: Path) -> None:
             refused = next(answer for answer in answers if answer.status_code == 429)
             assert int(refused.headers["retry-after"]) > 0
             assert found.engines[0].most_open == 2
+            assert await found.metric('inferfleet_gateway_refused_total{reason="queue"}') == 3
 
     run(body())
 
@@ -440,7 +441,10 @@ def test_weights_move_all_requests_and_back(tmp_path: Path) -> None:
             await found.client.delete(weights)
             await found.chat()
             assert len(found.engines[0].prompts) == 11
-            assert (await found.client.put(weights, json={"x": 1})).status_code == 422
+            for wrong in ('{"x": 1}', '{"p": -1}', '{"p": 0}', '{"p": NaN}', '{"p": Infinity}'):
+                answer = await found.client.put(weights, content=wrong)
+                assert answer.status_code == 422, wrong
+            assert (await found.chat()).status_code == 200
 
     run(body())
 

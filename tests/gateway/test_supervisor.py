@@ -315,6 +315,8 @@ def test_what_is_wrong_at_the_start_is_said_in_one_line(tmp_path: Path) -> None:
         json.dumps(open_to_all()): "without keys",
         json.dumps({**open_to_all(), "listen": "nowhere"}): "is no address",
         json.dumps({**open_to_all(), "keys": "/no/such"}): "/no/such: ",
+        json.dumps(open_to_all("http://me:secret@192.0.2.1:80")): "belongs into key_file",
+        json.dumps(open_to_all("http://192.0.2.1:99999")): "from 1 to 65535",
     }
     for text, expected in cases.items():
         bad.write_text(text)
@@ -326,8 +328,8 @@ def test_what_is_wrong_at_the_start_is_said_in_one_line(tmp_path: Path) -> None:
         assert told.stderr.count("\n") == 1, told.stderr
 
 
-def open_to_all() -> dict[str, Any]:
-    instance = {"name": "e", "url": "http://127.0.0.1:1"}
+def open_to_all(url: str = "http://127.0.0.1:1") -> dict[str, Any]:
+    instance = {"name": "e", "url": url}
     pools = {"p": {"backend": "vllm", "model": "m", "instances": [instance]}}
     return {"listen": "0.0.0.0:0", "pools": pools, "models": {"m": {"pools": {"p": 1}}}}
 
