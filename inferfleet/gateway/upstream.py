@@ -117,10 +117,6 @@ class Answer:
                 raise BrokenOff("the answer does not end")
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def header(self, name: bytes) -> str:
-        """The value of a header, or nothing."""
-        return self.headers.get(name, b"").decode("latin-1")
-
     def close(self) -> None:
         """Leave what has not come yet: the engine learns of it at once."""
         if not self.complete:
